@@ -133,7 +133,7 @@ def get_config():
     # Global batch in sequences. Tokens per step = batch_size x pack.seq_len.
     c.train.batch_size = 32
     # ((from step, batch size, tokens per sequence), ...) in place of batch_size x pack.seq_len:
-    # packed ones are cut into equal parts.
+    # packed sequences are cut into equal parts.
     c.train.shape_schedule = ()
     # Micro-batches per step. Same result, 1/n of the activation memory, somewhat slower.
     c.train.grad_accum_steps = 1
@@ -184,7 +184,8 @@ def get_config():
     c.train.checkpoint_every = 500
     # Also save when this many minutes passed without a checkpoint; 0: by steps alone.
     c.train.checkpoint_minutes = 0.0
-    # Newest checkpoints kept; each takes 3 x parameters x 4 bytes.
+    # Newest checkpoints kept; each holds parameters, optimizer state and an average: 12 bytes per
+    # parameter with float32 AdamW.
     c.train.max_to_keep = 2
     # Checkpoints at multiples of this many steps are kept for good; 0: none.
     c.train.keep_every = 0

@@ -240,7 +240,7 @@ class TrainConfig:
     shape_schedule: tuple[tuple[int, int, int], ...] = knob(
         (),
         "((from step, batch size, tokens per sequence), ...) in place of batch_size x "
-        "pack.seq_len: packed ones are cut into equal parts.",
+        "pack.seq_len: packed sequences are cut into equal parts.",
     )
     grad_accum_steps: int = knob(
         1, "Micro-batches per step. Same result, 1/n of the activation memory, somewhat slower."
@@ -314,7 +314,11 @@ class TrainConfig:
     checkpoint_minutes: float = knob(
         0.0, "Also save when this many minutes passed without a checkpoint; 0: by steps alone."
     )
-    max_to_keep: int = knob(2, "Newest checkpoints kept; each takes 3 x parameters x 4 bytes.")
+    max_to_keep: int = knob(
+        2,
+        "Newest checkpoints kept; each holds parameters, optimizer state and an average: 12 bytes "
+        "per parameter with float32 AdamW.",
+    )
     keep_every: int = knob(
         0, "Checkpoints at multiples of this many steps are kept for good; 0: none."
     )
@@ -740,14 +744,14 @@ def check_shapes(train: TrainConfig, packed_len: int) -> None:
         if seq_len < 8 or packed_len % seq_len:
             raise UserError(
                 f"{where}: expected sequences of at least 8 tokens that divide pack.seq_len = "
-                f"{packed_len}, got {seq_len}. Pack rows of a multiple of it."
+                f"{packed_len}, got {seq_len}. Set pack.seq_len to a multiple of it."
             )
         n = packed_len // seq_len
         if batch_size < 1 or batch_size % n or batch_size % train.grad_accum_steps:
             n = math.lcm(n, train.grad_accum_steps)
             raise UserError(
-                f"{where}: expected a batch of whole packed ones of {packed_len} tokens and equal "
-                f"micro-batches, a multiple of {n} sequences, got {batch_size}."
+                f"{where}: expected a batch that makes up whole packed sequences of {packed_len} "
+                f"tokens and equal micro-batches, a multiple of {n} sequences, got {batch_size}."
             )
 
 
@@ -837,7 +841,9 @@ def check_dpo(config: Config) -> None:
         "initialize.source=random, which is no reference": start.source == "random",
         f"initialize.mode={start.mode}: use continue": start.mode != "continue",
         "train.grow: the reference does not grow": bool(train.grow),
-        "train.shape_schedule: cut rows would tear pairs": bool(train.shape_schedule),
+        "train.shape_schedule: cut sequences would separate the answers of a pair": bool(
+            train.shape_schedule
+        ),
         "distill.teacher: learn from pairs or from a teacher": bool(config.distill.teacher),
         "mixture.document_mask=False: answers would see each other": not masked,
     }

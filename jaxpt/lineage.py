@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 from jaxpt import doctor, io, stage
+from jaxpt.data import teacher_samples
 from jaxpt.spec import Manifest, UserError
 from jaxpt.weights import checkpoint, hub
 
@@ -14,6 +15,7 @@ JsonObject = dict[str, Any]  # as read from a file, before its keys are known
 
 DATA_STAGES = ("corpus", "tokenizer", "packed")  # stages known by the directory they are in
 STAGES = (*DATA_STAGES, "grown")  # what comes before training
+STAGE_KINDS = {"initialize": "grown", teacher_samples.STAGE: "samples"}
 
 
 @dataclasses.dataclass
@@ -23,9 +25,10 @@ class LineageNode:
     Attributes:
         key: its fingerprint, or its path if it has none.
         path: its directory.
-        kind: "corpus", "tokenizer", "packed", "grown" or "run".
+        kind: "corpus", "tokenizer", "packed", "grown", "samples" (of a teacher) or "run".
         manifest: None for files that no stage wrote.
         parents: keys.
+        teachers: of these, what a run learned from and was not made from.
         step: the checkpoint of it that was read, if one was named.
         has_changed: whether something else is there now than what was read.
         funnel: a corpus's funnel.json.
@@ -36,6 +39,7 @@ class LineageNode:
     kind: str
     manifest: JsonObject | None
     parents: list[str]
+    teachers: set[str] = dataclasses.field(default_factory=set)
     step: io.Path | None = None
     has_changed: bool = False
     funnel: JsonObject | None = None
@@ -266,18 +270,23 @@ def read_lineage(directory: io.Path, notes: list[str]) -> list[LineageNode]:
         key = manifest.get("fingerprint") or fingerprint or str(home)
         if key in nodes:
             return key
-        node = LineageNode(key, home, find_kind(home, manifest), manifest or None, [], step)
+        kind = find_kind(home, manifest)
+        node = LineageNode(key, home, kind, manifest or None, [], step=step)
         nodes[key] = node
         if node.kind == "corpus":  # its inputs are raw text, which the data section shows
             node.funnel = read_json(home / "funnel.json", notes)
             return key
-        for path, recorded in read_input_nodes(home, node.manifest, notes):
+        sources = set()
+        for name, path, recorded in read_input_nodes(home, node.manifest, notes):
             place = locate_input(path, recorded, home)
             parent = visit(place, recorded)
             if recorded is not None and fingerprint_of_place(place) not in (None, recorded):
                 nodes[parent].has_changed = True
             if parent not in node.parents and parent != key:
                 node.parents.append(parent)
+            if not name.startswith("teacher"):
+                sources.add(parent)
+        node.teachers = set(node.parents) - sources
         nodes[key] = nodes.pop(key)  # after its parents
         return key
 
@@ -289,33 +298,35 @@ def find_kind(home: io.Path, manifest: JsonObject) -> str:
     """Return a node's kind, by its directory and stage."""
     if home.name in DATA_STAGES:
         return home.name
-    return "grown" if manifest.get("stage") == "initialize" else "run"
+    return STAGE_KINDS.get(manifest.get("stage", ""), "run")
 
 
 def read_input_nodes(
     home: io.Path, manifest: JsonObject | None, notes: list[str]
-) -> list[tuple[str, str | None]]:
-    """Return (path, fingerprint) of what a stage read.
+) -> list[tuple[str, str, str | None]]:
+    """Return (name, path, fingerprint) of what a stage read.
 
     An unfinished run has them in its config, or its data stages in its directory.
     """
-    inputs: list[tuple[str, str | None]] = []
+    inputs: list[tuple[str, str, str | None]] = []
     if manifest:
-        for found in manifest["inputs"].values():
+        for name, found in manifest["inputs"].items():
             if isinstance(found, dict) and isinstance(found.get("path"), str):
-                inputs.append((found["path"], found.get("fingerprint")))
+                inputs.append((name, found["path"], found.get("fingerprint")))
         return inputs
     settings = read_json(home / "config.json", notes) or {}
     packed = (settings.get("mixture") or {}).get("packed_paths")
     if not packed:
         own = [home / kind for kind in DATA_STAGES]
         packed = [path for path in own if io.exists(path / "manifest.json")]
+    inputs += [("packed", str(path), None) for path in packed]
     source = (settings.get("initialize") or {}).get("source", "random")
-    sources = [] if source == "random" else [source]
+    if source != "random":
+        inputs.append(("initialize", source, None))
     teacher = (settings.get("distill") or {}).get("teacher")
     if teacher:
-        sources.append(teacher)
-    return [(str(path), None) for path in (*packed, *sources)]
+        inputs.append(("teacher", teacher, None))
+    return inputs
 
 
 def list_own_stages(nodes: list[LineageNode]) -> list[LineageNode]:
@@ -328,7 +339,7 @@ def list_own_stages(nodes: list[LineageNode]) -> list[LineageNode]:
         if node.kind in STAGES and node.manifest and node not in own:
             own.append(node)
         if node.kind in DATA_STAGES or node is nodes[-1]:
-            queue += node.parents
+            queue += [parent for parent in node.parents if parent not in node.teachers]
     return own
 
 

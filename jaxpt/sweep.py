@@ -18,7 +18,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxpt import config, io
@@ -30,6 +30,7 @@ from jaxpt.train.records import HeldoutMetrics
 log = logging.getLogger(__name__)
 
 SEEDS = ("initialize.seed", "mixture.seed")  # combinations that differ in these are repeats
+LENGTH = "train.steps"  # and in this, budgets of one arm
 FORBIDDEN = re.compile(r"[^\w.,=+-]+")  # in a directory's name
 
 
@@ -52,6 +53,21 @@ class Cell:
         """Return the name of its run directory."""
         parts = [f"{short_name(knob)}={value}" for knob, value in self.values.items()]
         return FORBIDDEN.sub("_", ",".join(parts))
+
+    @property
+    def arm(self) -> str:
+        """Return what its repeats, of whatever length, have in common, as text."""
+        knobs = [knob for knob in self.values if knob not in (*SEEDS, LENGTH)]
+        return self.describe(knobs) or "all runs"
+
+    @property
+    def seeds(self) -> str:
+        """Return the seeds that it sets, as text."""
+        return self.describe([knob for knob in self.values if knob in SEEDS])
+
+    def describe(self, knobs: Iterable[str]) -> str:
+        """Return some of its values as text."""
+        return ", ".join(f"{short_name(knob)}={self.values[knob]}" for knob in knobs)
 
     @property
     def overrides(self) -> list[str]:
@@ -121,13 +137,15 @@ def run_sweep(
         UserError: the recipe refuses a combination, before anything runs.
     """
     cells = list_cells(axes)
+    runs = {}
     for cell in cells:
         settings = config.load_config(recipe, [*overrides, *cell.overrides])
+        runs[cell.name] = {"arm": cell.arm, "seeds": cell.seeds, "n_steps": settings.train.steps}
     shared = list(overrides)
     if not settings.mixture.packed_paths:
         shared.append(f"--config.mixture.packed_paths=('{workdir / 'packed'}',)")
     io.make_directory(workdir)
-    io.write_json(workdir / "sweep.json", {"runs": {cell.name: cell.values for cell in cells}})
+    record_runs(workdir / "sweep.json", runs)
     failed = []
     for number, cell in enumerate(cells, 1):
         run_dir = workdir / cell.name
@@ -144,6 +162,12 @@ def run_sweep(
             log.warning(f"sweep: {cell.name} failed: jaxpt {shlex.join(words)}")
     print(format_results(cells, workdir))
     return failed
+
+
+def record_runs(file: io.Path, runs: dict[str, dict[str, Any]]) -> None:
+    """Write what `jaxpt report --experiment` reads, after the runs of sweeps before this one."""
+    earlier = io.read_json(file)["runs"] if io.exists(file) else {}
+    io.write_json(file, {"runs": earlier | runs})
 
 
 def is_held(run_dir: io.Path) -> bool:
@@ -180,9 +204,8 @@ def read_outcome(run_dir: io.Path) -> Outcome | None:
             found = record
     if found is None:
         return None
-    loss = statistics.mean(found.heldout_loss.values())
     is_finished = io.exists(run_dir / "manifest.json")
-    return Outcome(loss, found.step, int(found.n_tokens), is_finished)
+    return Outcome(found.mean_loss, found.step, int(found.n_tokens), is_finished)
 
 
 def format_results(cells: Sequence[Cell], workdir: io.Path) -> str:

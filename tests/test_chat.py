@@ -11,6 +11,7 @@ from test_special_tokens import write_tokenizer
 
 from jaxpt import config
 from jaxpt.data import chat, filters, loader, pack, tokenizer
+from jaxpt.data.meta import CONVERSATION, PAIR
 from jaxpt.data.prepare import corpus
 from jaxpt.evaluate import continuation, harness, reference
 from jaxpt.model import transformer
@@ -183,7 +184,15 @@ def test_the_corpus_has_the_contents_as_text_and_no_rule_edits_them(packed):
     document = filters.Document("d", rows[0]["text"], 0, rows[0]["meta"])
     upper = filters.Rule("upper", edit=lambda texts: [(t.upper(), 1) for t in texts], help="")
     [reason] = filters.apply_rules([document], [upper]).reasons
-    assert reason == "it would edit a conversation"
+    assert reason == "it would edit a conversation or a pair"
+
+
+def test_corpus_paragraphs_takes_nothing_from_conversations_and_pairs():
+    [rule] = filters.parse_rules("none", ["corpus_paragraphs(least=3)"])
+    metas = ["{}", CONVERSATION.encode([]), PAIR.encode("No.")]
+    documents = [filters.Document(meta, "Hello\n\nHello", 0, meta) for meta in metas]
+    plain, *whole = filters.apply_rules(documents, [rule]).marks[0]
+    assert plain and not any(whole)
 
 
 def test_messages_that_are_none_are_refused(tmp_path):

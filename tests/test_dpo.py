@@ -7,6 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
@@ -14,8 +15,8 @@ from conftest import SMALL_SPEC
 from test_session import compiled, make_config, start, train, train_in_parts  # noqa: F401
 
 from jaxpt.config import PackConfig, PrepareConfig, TrainConfig
-from jaxpt.data import loader, pack, sources, tokenizer
-from jaxpt.data.preference import decode_rejected
+from jaxpt.data import filters, loader, pack, sources, tokenizer
+from jaxpt.data.meta import PAIR
 from jaxpt.data.prepare import corpus
 from jaxpt.model import dpo, transformer
 from jaxpt.spec import UserError
@@ -135,9 +136,9 @@ def write_lines(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def prepare_lines(home, name, fields):
+def prepare_lines(home, name, fields, **knobs):
     section = dataclasses.replace(
-        PrepareConfig(), sources=(f"{name}=jsonl:{home}/pairs.jsonl#{fields}",)
+        PrepareConfig(), sources=(f"{name}=jsonl:{home}/pairs.jsonl#{fields}",), **knobs
     )
     section = dataclasses.replace(section, heldout_frac=0.0)  # too few to be judged by
     corpus.prepare_corpus(section, home)
@@ -192,9 +193,27 @@ def test_a_record_of_three_fields_is_a_pair(tmp_path):
     document = next(found)
     assert document.text == RECORDS[3]["q"] + RECORDS[3]["good"]
     assert document.prompt_chars == len(RECORDS[3]["q"])
-    assert decode_rejected(document.meta) == RECORDS[3]["bad"]
+    assert PAIR.decode(document.meta) == RECORDS[3]["bad"]
     with pytest.raises(UserError, match=r"pairs.jsonl:2: expected two different answers"):
         next(found)
+
+
+def test_a_rule_that_would_edit_one_answer_drops_the_pair():
+    meta = PAIR.encode("Ask bob@mail.com.")
+    texts = {"clean": "Who? Nobody.", "mail": "Who? Ask ann@mail.com."}
+    documents = [filters.Document(id, text, 5, meta) for id, text in texts.items()]
+    results = filters.apply_rules(documents, filters.parse_rules("none", ["pii_email"]))
+    assert results.reasons == ["", "it would edit a conversation or a pair"]
+
+
+def test_rejected_answers_to_one_chosen_answer_are_different_pairs(tmp_path):
+    first = RECORDS[3]
+    other = {**first, "bad": first["bad"] + " Or so."}
+    write_lines(tmp_path / "pairs.jsonl", [first, other, first])
+    prepare_lines(tmp_path, "likes", "q+good+bad", preset="none", rules=("exact_dedup",))
+    [shard] = (tmp_path / "corpus/train").glob("likes*.parquet")
+    rejected = [PAIR.decode(meta) for meta in pq.read_table(shard)["meta"].to_pylist()]
+    assert sorted(rejected) == sorted([first["bad"], other["bad"]])
 
 
 # ---- a run
@@ -253,7 +272,7 @@ BAD_RUNS = {
 
 
 @pytest.mark.parametrize(("message", "changes"), BAD_RUNS.items())
-def test_a_recipe_that_has_no_reference_or_tears_pairs_is_refused(
+def test_a_recipe_that_has_no_reference_or_separates_pairs_is_refused(
     make_config,  # noqa: F811
     message,
     changes,

@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import json
+import math
 
 import pytest
 from entry_points import run_command
@@ -17,17 +18,20 @@ FLOPS_PER_STEP = 1e9
 
 def loss_of(flops):
     """The law that the made runs follow."""
-    return 3.0 + 40 * flops**-0.2
+    return 3.0 + 40 * max(flops, 1e-60) ** -0.2
 
 
-def write_run(run_dir, n_steps, speed=1.0, luck=0.0, clock=1.0):
-    """Write a finished run that is `speed` times as fast as the law, with eight held-out losses."""
+def write_run(run_dir, n_steps, speed=1.0, deviation=0.0, clock=1.0, decay=0.0):
+    """Write a finished run that is `speed` times as fast as the law, with eight held-out losses.
+
+    The last one lies `decay` below it.
+    """
     run_dir.mkdir(parents=True)
     lines = []
     for i in range(1, 9):
         step = n_steps * i // 8
         flops = step * FLOPS_PER_STEP
-        loss = loss_of(speed * flops) + luck
+        loss = loss_of(speed * flops) + deviation - (decay if i == 8 else 0)
         sums = dataclasses.replace(
             NOTHING_DONE, flops=flops, productive_seconds=clock * step, n_tokens=step
         )
@@ -37,21 +41,30 @@ def write_run(run_dir, n_steps, speed=1.0, luck=0.0, clock=1.0):
     (run_dir / "manifest.json").write_text("{}")
 
 
-LUCK = (0.02, -0.013, 0.004)
+def write_sweep(directory, runs):
+    """Write what jaxpt sweep leaves beside its runs: of each its arm, its seeds and its steps."""
+    found = {
+        name: {"arm": arm, "seeds": str(seed), "n_steps": n_steps}
+        for name, (arm, seed, n_steps) in runs.items()
+    }
+    (directory / "sweep.json").write_text(json.dumps({"runs": found}))
+
+
+DEVIATIONS = (0.02, -0.013, 0.004)  # of seeds
 
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Two arms beside the control at five lengths, three seeds each that share their luck."""
+    """Two arms beside the control at five lengths, three seeds each that deviate alike."""
     runs = {}
     for name, speed, clock in (("adamw", 1.0, 1.0), ("muon", 1.5, 2.0), ("lion", 1.0, 1.0)):
-        for seed, luck in enumerate(LUCK):
+        for seed, deviation in enumerate(DEVIATIONS):
             for n_steps in LENGTHS:
                 run = f"name={name},steps={n_steps},initialize.seed={seed}"
-                runs[run] = {"optim.name": name, "train.steps": n_steps, "initialize.seed": seed}
-                own = luck + (0.003 * (seed - 1) if name != "adamw" else 0)
+                runs[run] = f"name={name}", seed, n_steps
+                own = deviation + (0.003 * (seed - 1) if name != "adamw" else 0)
                 write_run(tmp_path / run, n_steps, speed, own, clock)
-    (tmp_path / "sweep.json").write_text(json.dumps({"runs": runs}))
+    write_sweep(tmp_path, runs)
     return tmp_path
 
 
@@ -70,7 +83,7 @@ def test_speed_ups_are_what_the_control_would_spend_in_flops_and_in_time(sweep):
     assert lion.speedups["flops"].factor == pytest.approx(1, rel=0.03)
 
 
-def test_the_luck_of_a_seed_is_shared_with_the_control(sweep):
+def test_the_deviation_of_a_seed_is_shared_with_the_control(sweep):
     lion = experiment.read_experiment(sweep).arms[2].speedups["flops"]
     assert lion.high / lion.low < 2.5  # unpaired: above 20
 
@@ -79,13 +92,52 @@ def test_a_control_of_one_length_is_fitted_within_its_runs(tmp_path):
     runs = {}
     for lr, speed in ((1, 1.0), (2, 0.5)):
         run = f"peak_lr={lr}"
-        runs[run] = {"optim.peak_lr": lr}
+        runs[run] = run, 0, 800
         write_run(tmp_path / run, 800, speed)
-    (tmp_path / "sweep.json").write_text(json.dumps({"runs": runs}))
+    write_sweep(tmp_path, runs)
     found = experiment.read_experiment(tmp_path)
     assert "no decay" in found.law_of
     (_, slow) = found.arms
     assert slow.outcome == "untested" and slow.speedups["flops"].factor == pytest.approx(0.5, 0.03)
+
+
+@pytest.mark.parametrize("lengths", [(800,), LENGTHS])
+@pytest.mark.parametrize("decay", [0.0, 0.05])
+def test_an_arm_that_changes_nothing_is_undecided(tmp_path, lengths, decay):
+    runs = {}
+    for arm in ("control", "same"):
+        for seed, deviation in enumerate(DEVIATIONS):
+            for n_steps in lengths:
+                run = f"{arm},{seed},{n_steps}"
+                runs[run] = arm, seed, n_steps
+                write_run(tmp_path / run, n_steps, deviation=deviation, decay=decay)
+    write_sweep(tmp_path, runs)
+    (_, same) = experiment.read_experiment(tmp_path).arms
+    assert (same.outcome, same.p_value) == ("undecided", 1.0)
+    assert same.speedups["flops"].factor == pytest.approx(1)
+
+
+def test_an_interval_that_no_float_holds_ends_in_infinity(tmp_path):
+    speeds = {"control": (1, 1), "varied": (1, 1e-60)}
+    runs = {}
+    for arm, of_seeds in speeds.items():
+        for seed, speed in enumerate(of_seeds):
+            runs[f"{arm},{seed}"] = arm, seed, 800
+            write_run(tmp_path / f"{arm},{seed}", 800, speed)
+    write_sweep(tmp_path, runs)
+    (_, varied) = experiment.read_experiment(tmp_path).arms
+    assert 0 < varied.speedups["flops"].factor < 1e-20 and varied.speedups["flops"].high == math.inf
+
+
+def test_the_page_shows_the_runs_of_the_sweep_and_no_others(tmp_path):
+    runs = {f"peak_lr={lr}": (f"peak_lr={lr}", 0, 800) for lr in (1, 2, 3)}
+    for run in ("peak_lr=1", "peak_lr=2", "other"):
+        write_run(tmp_path / run, 800)
+    write_sweep(tmp_path, runs)
+    (tmp_path / "packed").mkdir()  # which the runs read
+    status, printed = run_command("report", ["--experiment", ".", "--to", "out.html"], tmp_path)
+    assert status == 0, printed
+    assert "<title>peak_lr=1 and peak_lr=2</title>" in (tmp_path / "out.html").read_text()
 
 
 def test_the_page_has_the_sentences_and_the_numbers_are_beside_it(sweep):
@@ -101,6 +153,9 @@ def test_the_page_has_the_sentences_and_the_numbers_are_beside_it(sweep):
 def test_what_is_no_sweep_and_what_has_too_few_losses_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"has no sweep\.json"):
         experiment.read_experiment(tmp_path)
-    (tmp_path / "sweep.json").write_text('{"runs": {"a": {"optim.b1": 1}, "b": {"optim.b1": 2}}}')
-    with pytest.raises(UserError, match="at least 4 held-out losses of the control"):
+    write_sweep(tmp_path, {"a,0": ("a", 0, 3), "a,1": ("a", 1, 3), "b": ("b", 0, 3)})
+    for run in ("a,0", "a,1"):
+        write_run(tmp_path / run, 3)  # whose eight losses are after 0, 1, 2 and 3 steps
+    expected = r"at least 4 held-out losses of the control, .* at different FLOPs, got 3\."
+    with pytest.raises(UserError, match=expected):
         experiment.read_experiment(tmp_path)

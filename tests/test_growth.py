@@ -15,7 +15,7 @@ from test_train import make_batch, make_state
 
 from jaxpt import config, initialize, sharding
 from jaxpt.config import TrainConfig
-from jaxpt.growth import measure, vocabulary
+from jaxpt.growth import measure, operators, vocabulary
 from jaxpt.growth.apply import compile_growth, grow_params
 from jaxpt.growth.growth import Parent
 from jaxpt.growth.moments import grow_moments
@@ -239,10 +239,7 @@ def test_width_is_measured_anew_in_each_round(spec, one, monkeypatch):
     text = "narrow(ff=24, heads=3, d=16{})"
     child_spec, child, once = grown(spec, parent, text.format(""), one, rows_on(one))
     _, again, in_rounds = grown(spec, parent, text.format(", rounds=4"), one, rows_on(one))
-    assert measured == [
-        (40, 2, 24, 24),
-        *[(40 - 4 * n, 2, 24 - 2 * n, 24 - 2 * n) for n in range(4)],
-    ]
+    assert measured == [(40, 2, 24, 24), (40, 2, 24, 24), (32, 2, 24, 24)]
     assert in_rounds.child == once.child == child_spec
     for axis, source in in_rounds.sources.items():
         assert source.shape == once.sources[axis].shape
@@ -251,7 +248,17 @@ def test_width_is_measured_anew_in_each_round(spec, one, monkeypatch):
     assert jax.tree.map(np.shape, again) == jax.tree.map(np.shape, child)
 
 
-@pytest.mark.parametrize("text", ["drop_layers(n=2)", "narrow(d=16, ff=24, heads=3)"])
+def test_a_mesh_that_divides_both_widths_divides_those_between(spec):
+    spec = spec.replace(d_model=4096, n_heads=12, n_kv_heads=6)
+    child = spec.replace(d_model=3072, n_heads=8, n_kv_heads=4)
+    parts = [operators.part_way(spec, child, done, 4) for done in (1, 2, 3, 4)]
+    assert [part.d_model for part in parts] == [3840, 3584, 3328, 3072]
+    assert [part.n_kv_heads for part in parts] == [6, 6, 6, 4]
+    child = spec.replace(d_model=4096 - 6 * 5)
+    assert operators.part_way(spec, child, 3, 4).d_model == 4096 - 22
+
+
+@pytest.mark.parametrize("text", ["drop_layers(n=2)", "narrow(d=16, ff=24, heads=3, rounds=4)"])
 def test_what_measures_chooses_the_same_on_every_mesh(spec, one, text):
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=4, tensor=2))
     spec = spec.replace(n_kv_heads=6)  # so that the narrow one can still be cut
@@ -804,7 +811,7 @@ def test_a_model_without_layers_is_only_deepened():
         plan_growth("deepen(L=3, new='copy')", of(0))
 
 
-def test_an_operator_that_measures_asks_for_rows(spec, one):
+def test_an_operator_that_measures_asks_for_sequences(spec, one):
     for text in ("drop_layers(n=2)", "narrow(ff=20)"):
         with pytest.raises(UserError, match="training sequences"):
             grown(spec, randomised(spec, one), text, one)

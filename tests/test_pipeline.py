@@ -609,7 +609,7 @@ def test_a_run_that_died_before_its_last_word_says_it(pipeline, tmp_path):
     assert counts[0] == counts[1]
 
 
-def test_a_run_refuses_to_go_on_with_other_rows(pipeline, tmp_path):
+def test_a_run_refuses_to_go_on_with_other_sequences(pipeline, tmp_path):
     flags = copy_of_base(pipeline, tmp_path / "run")
     for path in (tmp_path / "run/checkpoints").glob("*/manifest.json"):
         manifest = json.loads(path.read_text())
@@ -671,7 +671,7 @@ def test_the_losses_of_a_steps_documents_make_its_loss_and_the_worst_comes_first
     pipeline, tmp_path, monkeypatch
 ):
     """At the step after a checkpoint they are what the step itself computed; a document of noise
-    put into a row is named.
+    put into a sequence is named.
     """
     run = tmp_path / "run"
     shutil.copytree(pipeline / "base", run, ignore=shutil.ignore_patterns("corpus", "packed", "hf"))

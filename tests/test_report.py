@@ -718,6 +718,22 @@ def test_a_model_grown_in_its_own_directory_is_between_parent_and_child(runs, tm
     )
 
 
+def test_what_a_teacher_took_is_not_the_students_own(runs, tmp_path):
+    base, child = runs
+    teacher, samples = tmp_path / "teacher", tmp_path / "samples"
+    write_manifest(teacher, "initialize", {}, {"n_params": 886_368}, 600.0)
+    write_manifest(samples, "teacher_logits", {"teacher": teacher}, {"n_samples": 16}, 70.0)
+    given = {"packed": base / "packed", "teacher": teacher}
+    write_manifest(child, "train", given, {"steps": 180}, 118.0)
+    assert "grown" not in summary.sum_seconds_by_stage(load_run(child))
+    write_manifest(child, "train", {**given, "initialize": teacher}, {"steps": 180}, 118.0)
+    assert summary.sum_seconds_by_stage(load_run(child))["grown"] == 600.0, "it began with it too"
+    write_manifest(child, "train", {**given, "teacher": samples}, {"steps": 180}, 118.0)
+    nodes = {node.path.name: node for node in load_run(child).lineage_nodes}
+    assert (nodes["samples"].kind, nodes["teacher"].kind) == ("samples", "grown")
+    assert summary.describe_stage_size(nodes["samples"]) == "16 samples per token"
+
+
 def test_a_score_is_shown_with_the_score_without_items_seen_in_training(runs, tmp_path):
     write_report(runs, tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
@@ -779,6 +795,30 @@ def test_each_kind_of_measure_has_its_axis_and_direction(tmp_path):
         "acc": ([0.31, 0.52], "Acc: higher is better"),
         "perplexity": ([48.0], "Perplexity: lower is better"),
     }
+
+
+def test_a_long_context_is_drawn_in_a_figure_for_each_task(tmp_path):
+    positions, depths = ("128-255", "0-63", "64-127"), ("0", "0.5", "1")
+    by_position, needle = {}, {"acc,none": 0.4, "acc_stderr,none": 0.1}
+    for metrics, names in (
+        (by_position, [f"nats_{place}" for place in positions]),
+        (needle, [f"acc_depth_{place}" for place in depths]),
+    ):
+        for k, name in enumerate(names):
+            metrics |= {f"{name},none": 0.25 * k, f"{name}_stderr,none": 0.1}
+    results = {"by_position/books": by_position, "needle/books": needle}
+    better = {"by_position/books": {f"nats_{place}": False for place in positions}}
+    write_results(tmp_path / "run/eval/all.json", results, higher_is_better=better)
+    first, whole, last = evaluation.make_evaluation([load_run(tmp_path / "run")]).benchmarks
+    for figure, task, axis, places in (
+        (first, "by_position/books", "position", ["0-63", "64-127", "128-255"]),
+        (last, "needle/books", "depth", list(depths)),
+    ):
+        x = figure.spec["encoding"]["x"]
+        assert (figure.title, x["field"], x["sort"]) == (task, axis, places)
+        assert {value[axis] for value in figure.spec["data"]["values"]} == set(places)
+    assert first.caption.startswith("Nats per token: lower is better.")
+    assert [value["task"] for value in whole.spec["data"]["values"]] == ["needle/books acc"]
 
 
 def test_a_score_that_is_no_number_shows_why(tmp_path):

@@ -11,11 +11,12 @@ import transformers
 from conftest import SMALL_SPEC
 from test_session import compiled, make_config, start, train, train_in_parts  # noqa: F401
 
-from jaxpt import sharding
+from jaxpt import io, sharding
 from jaxpt.config import OptimConfig, TrainConfig
 from jaxpt.data import loader
 from jaxpt.data.loader import PackedSequence, cut_batch, make_batch
 from jaxpt.data.mixture import MixtureSchedule
+from jaxpt.evaluate import attribution
 from jaxpt.growth.growth import Parent
 from jaxpt.growth.parse import plan_growth
 from jaxpt.model import transformer
@@ -23,14 +24,15 @@ from jaxpt.plan import answer
 from jaxpt.spec import UserError
 from jaxpt.train import optimizer, shapes, step
 from jaxpt.weights import huggingface
+from jaxpt.weights.load import LoadedModel
 
-# rows are of 64 tokens: 8 of them per step, then 5, then 16
+# packed sequences are of 64 tokens: 8 of them per step, then 5, then 16
 SHAPES = ((0, 16, 32), (4, 5, 64), (9, 32, 32))
 
 
 @pytest.fixture
-def rows():
-    """Two rows of 48: documents of 20, 9 and 15 with padding, and one of 48."""
+def sequences():
+    """Two sequences of 48: documents of 20, 9 and 15 with padding, and one of 48."""
     rng = np.random.default_rng(0)
     some = rng.integers(1, 90, 48).astype(np.int32)
     some[44:] = 0
@@ -41,8 +43,10 @@ def rows():
 
 
 @pytest.mark.parametrize("document_mask", [True, False])
-def test_cut_rows_lose_no_target_and_count_positions_from_their_start(rows, document_mask):
-    whole = make_batch(rows, document_mask)
+def test_cut_sequences_lose_no_target_and_count_positions_from_their_start(
+    sequences, document_mask
+):
+    whole = make_batch(sequences, document_mask)
     parts = cut_batch(whole, 4)
     assert parts.tokens.shape == (8, 12)
     for field in ("tokens", "targets", "loss_mask", "segment_ids"):
@@ -56,10 +60,10 @@ def test_cut_rows_lose_no_target_and_count_positions_from_their_start(rows, docu
     assert cut_batch(whole, 1) is whole
 
 
-def test_a_part_is_read_as_a_sequence_of_its_own(rows, one):
-    """Its logits are those of the part alone, wherever its row was cut."""
+def test_a_part_is_read_as_a_sequence_of_its_own(sequences, one):
+    """Its logits are those of the part alone, wherever its sequence was cut."""
     params = transformer.init_params(SMALL_SPEC, 0, one)
-    parts = cut_batch(make_batch(rows, True), 4)
+    parts = cut_batch(make_batch(sequences, True), 4)
     logits = transformer.compute_logits(SMALL_SPEC, params, *reading(parts))
     alone = jax.tree.map(lambda x: x[6:7], parts)
     positions = np.arange(12, dtype=np.int32)[None]
@@ -69,19 +73,64 @@ def test_a_part_is_read_as_a_sequence_of_its_own(rows, one):
     np.testing.assert_allclose(logits[6:7], expected, atol=1e-5)
 
 
+def test_the_losses_that_trace_ranks_are_those_of_the_parts_that_the_step_read(sequences, one):
+    params = jax.tree.map(lambda x: 3 * x, transformer.init_params(SMALL_SPEC, 0, one))
+    model = LoadedModel(SMALL_SPEC, params, None, None, None, None, {})
+    parts = cut_batch(make_batch(sequences, True), 4)
+    log_probs = jax.nn.log_softmax(
+        transformer.compute_logits(SMALL_SPEC, params, *reading(parts)).astype(jnp.float32)
+    )
+    chosen = np.take_along_axis(np.asarray(log_probs), parts.targets[..., None], -1)[..., 0]
+    found = attribution.compute_batch_losses(model, parts)
+    np.testing.assert_allclose(found, -chosen * parts.loss_mask, rtol=1e-4, atol=1e-4)
+    assert found[4, -1] > 0, "the target in the next part"
+
+
+def test_a_trace_knows_the_parts_of_a_step(make_config, tmp_path):  # noqa: F811
+    settings = make_config(train__shape_schedule=SHAPES)
+    dataset = loader.open_packed(settings.mixture.packed_paths)
+    schedule = MixtureSchedule(
+        settings.mixture,
+        dataset.n_sequences,
+        8,
+        fingerprint=dataset.fingerprint,
+        batch_sizes=shapes.list_sequences_per_step(settings),
+    )
+    io.write_json(tmp_path / "config.json", dataclasses.asdict(settings))
+    io.write_json(tmp_path / "phases.json", schedule.phases)
+    found = [loader.list_step_sequences(tmp_path, step) for step in (4, 5, 9, 10)]
+    assert [step.n_parts for step in found] == [2, 1, 1, 2]
+    assert [len(step.places) for step in found] == [8, 5, 5, 16]
+
+
+def test_a_batch_of_which_every_part_is_read_is_not_copied(make_config, one, monkeypatch):  # noqa: F811
+    settings = make_config()
+    dataset = loader.open_packed(settings.mixture.packed_paths)
+    schedule = MixtureSchedule(settings.mixture, dataset.n_sequences, 8)
+    cut, given = [], []
+    monkeypatch.setattr(loader, "cut_batch", lambda *args: cut.append(cut_batch(*args)) or cut[-1])
+    monkeypatch.setattr(loader, "make_global_batch", lambda batch, *_: given.append(batch))
+    place = sharding.make_batch_sharding(one)
+    for seq_len in (64, 32):
+        stream = loader.iterate_batches(dataset, schedule, place, 8, 0, True, seq_len=seq_len)
+        next(stream)
+        stream.close()
+        assert any(given[-1].tokens is batch.tokens for batch in cut)
+
+
 def reading(batch):
     return batch.tokens, batch.segment_ids, batch.positions
 
 
 def read_run(settings, one):
-    """Return the tokens [n_rows, 64] that the steps of a run would read, and the rows expected."""
+    """Return the tokens [n, 64] that the steps of a run would read, and those expected."""
     dataset = loader.open_packed(settings.mixture.packed_paths)
     place = sharding.make_batch_sharding(one)
     schedule = MixtureSchedule(
         settings.mixture,
         dataset.n_sequences,
         8,
-        batch_sizes=shapes.list_rows_per_step(settings),
+        batch_sizes=shapes.list_sequences_per_step(settings),
     )
     found, n = [], 0
     for at in range(settings.train.steps):
@@ -92,14 +141,14 @@ def read_run(settings, one):
         batch = next(stream)
         stream.close()
         assert batch.tokens.shape == shape
-        assert list(schedule.sequences_of(at + 1)) == [*range(n, n + shape.count_rows(64))]
+        assert list(schedule.sequences_of(at + 1)) == [*range(n, n + shape.count_sequences(64))]
         found.append(np.asarray(batch.tokens).reshape(-1, 64))
-        n += shape.count_rows(64)
+        n += shape.count_sequences(64)
     expected = [dataset.read_sequence(*schedule.sequence_at(i)).tokens for i in range(n)]
     return np.concatenate(found), np.stack(expected)
 
 
-def test_every_row_is_read_once_in_the_order_without_shapes(make_config, one):  # noqa: F811
+def test_every_sequence_is_read_once_in_the_order_without_shapes(make_config, one):  # noqa: F811
     settings = make_config(train__shape_schedule=SHAPES)
     found, expected = read_run(settings, one)
     np.testing.assert_array_equal(found, expected)
@@ -157,12 +206,12 @@ BAD_SHAPES = {
     r"start at 0 and rise .*got \[1\]": ((1, 8, 64),),
     r"rise below train.steps = 14, got \[0, 14\]": ((0, 8, 64), (14, 8, 64)),
     r"from step 3: expected sequences .*divide pack.seq_len = 64, got 48": ((0, 8, 64), (3, 8, 48)),
-    r"from step 0: .*whole packed ones of 64 .*multiple of 2 sequences, got 7": ((0, 7, 32),),
+    r"from step 0: .*whole packed sequences of 64 .*multiple of 2 sequences, got 7": ((0, 7, 32),),
 }
 
 
 @pytest.mark.parametrize(("message", "schedule"), BAD_SHAPES.items())
-def test_a_schedule_that_rows_cannot_serve_is_refused(make_config, message, schedule):  # noqa: F811
+def test_a_schedule_that_packed_sequences_cannot_serve_is_refused(make_config, message, schedule):  # noqa: F811
     with pytest.raises(UserError, match=f"train.shape_schedule.*{message}"):
         make_config(train__shape_schedule=schedule)
 

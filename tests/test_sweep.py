@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from jaxpt import sweep
+from jaxpt import io, sweep
 from jaxpt.spec import UserError
 from jaxpt.train.metrics import stream_metrics
 
@@ -39,6 +39,24 @@ def test_values_are_words_numbers_or_tuples():
     assert pair == (((4, "stack(g=2)"),), ())
     [first, second] = sweep.list_cells([sweep.Axis("train.grow", pair)])
     assert "/" not in first.name and " " not in first.name and first.name != second.name
+
+
+def test_a_second_sweep_adds_its_runs_to_those_of_the_first(tmp_path):
+    runs = {}
+    for number in (1, 2, 3):
+        runs[f"peak_lr={number}"] = {"arm": f"peak_lr={number}", "seeds": "", "n_steps": number}
+    first, both = dict([*runs.items()][1:]), dict([*runs.items()][:2])
+    sweep.record_runs(tmp_path / "sweep.json", first)
+    sweep.record_runs(tmp_path / "sweep.json", both)
+    found = io.read_json(tmp_path / "sweep.json")["runs"]
+    assert found == runs and list(found) == ["peak_lr=2", "peak_lr=3", "peak_lr=1"]
+
+
+def test_a_run_has_an_arm_which_its_seeds_and_its_length_do_not_change():
+    axes = ["optim.peak_lr=1e-3", "initialize.seed=4", "mixture.seed=7", "train.steps=5"]
+    [cell] = sweep.list_cells(list(map(sweep.parse_axis, axes)))
+    assert (cell.arm, cell.seeds) == ("peak_lr=0.001", "initialize.seed=4, mixture.seed=7")
+    assert sweep.Cell({"train.steps": 5}).arm == "all runs"
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     stage.check_output_path(arguments.to, "report.html")
     if arguments.experiment:
         compared = experiment.read_experiment(arguments.experiment)
-        directories = read.find_runs([arguments.experiment])
+        directories = experiment.list_runs(arguments.experiment)
         page.write_report(directories, arguments.to, compared)
         for arm in compared.arms:
             print(arm.sentence)

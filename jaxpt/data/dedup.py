@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jaxpt import io
+from jaxpt.data.meta import PAIR
 
 N_HASHES = 128
 N_BANDS = 32
@@ -55,6 +56,14 @@ def hash_text(text: bytes) -> bytes:
     Bytes 0-15 are its identity, 16-23 decide its split, 24-31 decide sampling.
     """
     return hashlib.blake2b(text, digest_size=32).digest()
+
+
+def hash_document(text: bytes, meta: str) -> bytes:
+    """Return `hash_text` of a document; the identity of a pair is that of both of its answers."""
+    digest = hash_text(text)
+    if PAIR.is_in(meta):
+        return hash_text(text + meta.encode())[:16] + digest[16:]
+    return digest
 
 
 def find_exact_duplicates(digests: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from typing import Any
 
 from jaxpt import io
 from jaxpt.data import classifier, dedup, paragraphs, rules
-from jaxpt.data.conversation import is_conversation
+from jaxpt.data.meta import CONVERSATION, PAIR
 from jaxpt.data.rules import Text
 from jaxpt.data.sources import Document
 from jaxpt.data.sources.files import first_error_line
@@ -65,13 +65,26 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 def hash_texts(texts: Sequence[Text]) -> list[bytes]:
     """Return the mark by which exact_dedup compares each text."""
-    return [dedup.hash_text(text.encode()) for text in texts]
+    return [dedup.hash_document(text.encode(), text.meta) for text in texts]
+
+
+def mark_paragraphs(texts: Sequence[Text], least: int = 100) -> list[bytes]:
+    """Return the marks of each text's paragraphs of 100 characters or more.
+
+    One that has to stay whole has none, so that nothing is removed from it.
+    """
+    return [b"" if stays_whole(text) else paragraphs.mark_text(text, least) for text in texts]
+
+
+def stays_whole(text: Text) -> bool:
+    """Return whether a text is a conversation's or a pair's, whose meta an edit does not reach."""
+    return CONVERSATION.is_in(text.meta) or PAIR.is_in(text.meta)
 
 
 MARK_RULES: dict[str, Callable[..., list[bytes]]] = {
     "exact_dedup": hash_texts,
     "near_dedup": dedup.compute_signatures,
-    "corpus_paragraphs": paragraphs.mark_paragraphs,
+    "corpus_paragraphs": mark_paragraphs,
 }
 RULES: dict[str, Callable[..., Any]] = {**rules.DROP_RULES, **rules.EDIT_RULES, **MARK_RULES}
 
@@ -451,8 +464,8 @@ class RuleBatch:
             new = prompt + completion
             if not completion.strip():
                 self.drop(i, k, "nothing is left of it")
-            elif new != old and is_conversation(old.meta):
-                self.drop(i, k, "it would edit a conversation")
+            elif new != old and stays_whole(old):
+                self.drop(i, k, "it would edit a conversation or a pair")
             elif new != old:
                 self.texts[i] = Text(new, old.notes, old.meta)
                 self.prompt_chars[i] = len(prompt)

@@ -507,8 +507,9 @@ def iterate_batches(
     seq_len = seq_len or dataset.seq_len
     n_parts = dataset.seq_len // seq_len
     slots = list_local_slots(sharding, batch_size, seq_len)
-    rows = sorted({slot // n_parts for slot in slots})
-    kept = [n_parts * rows.index(slot // n_parts) + slot % n_parts for slot in slots]
+    # the packed sequences of a step of which this host reads parts, and each one's place among them
+    read = {k: place for place, k in enumerate(dict.fromkeys(slot // n_parts for slot in slots))}
+    kept = [n_parts * read[slot // n_parts] + slot % n_parts for slot in slots]
     storages = [source.storage for source in dataset.sources.values()]
     storages += [samples.storage] if samples else []
     remote = [storage for storage in storages if isinstance(storage, BucketStorage)]
@@ -518,7 +519,7 @@ def iterate_batches(
 
     def list_places(step: int) -> list[Place]:
         first = first_sequence + step * batch_size // n_parts
-        return [schedule.sequence_at(first + row) for row in rows]
+        return [schedule.sequence_at(first + k) for k in read]
 
     def load(step: int) -> Batch:
         if dataset.damage:
@@ -535,6 +536,8 @@ def iterate_batches(
         if samples:
             batch = batch._replace(samples=samples.read_batch(places))
         parts = cut_batch(batch, n_parts)
+        if len(kept) == len(parts.tokens):
+            return parts
         return jax.tree.map(lambda x: x[kept], parts)
 
     steps = grain.MapDataset.range(N_ENDLESS_STEPS).map(load)
@@ -636,6 +639,7 @@ class StepSequences(NamedTuple):
     config: Config  # of the run
     dataset: PackedDataset
     places: list[Place]  # of each slot
+    n_parts: int  # into which each was cut
 
 
 def trace_step(run: io.Path, step: int, tokenizer: str) -> Iterator[TracedDocument]:
@@ -649,7 +653,7 @@ def trace_step(run: io.Path, step: int, tokenizer: str) -> Iterator[TracedDocume
     Raises:
         UserError: the run cannot be read.
     """
-    _, dataset, places = list_step_sequences(run, step)
+    _, dataset, places, _ = list_step_sequences(run, step)
     if dataset.tokenizer != tokenizer:
         raise UserError(
             f"{run}: its tokenizer is {tokenizer}, but the sequences were packed with "
@@ -690,4 +694,6 @@ def list_step_sequences(run: io.Path, step: int) -> StepSequences:
         )
     schedule = schedule_from_history(phases, dataset.n_sequences, config.mixture.seed)
     places = [schedule.sequence_at(k) for k in schedule.sequences_of(step)]
-    return StepSequences(config, dataset, places)
+    lengths = [dataset.seq_len]
+    lengths += [length for start, _, length in config.train.shape_schedule if start < step]
+    return StepSequences(config, dataset, places, dataset.seq_len // lengths[-1])

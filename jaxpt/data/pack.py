@@ -36,8 +36,7 @@ import pyarrow.parquet as pq
 
 from jaxpt import config, io, stage
 from jaxpt.data import chat, executor, fim, tokenizer
-from jaxpt.data.conversation import decode_conversation, is_conversation, join_contents
-from jaxpt.data.preference import decode_rejected, is_pair
+from jaxpt.data.meta import CONVERSATION, PAIR
 from jaxpt.spec import Manifest, Record, SpecialTokens, UserError
 from jaxpt.text import name_some
 
@@ -619,7 +618,7 @@ def run_tokenize_job(job: TokenizeJob) -> int:
                 plain = {
                     i: text
                     for i, text in enumerate(texts)
-                    if not batch.prompt_chars[i] and not is_pair(batch.meta[i])
+                    if not batch.prompt_chars[i] and not PAIR.is_in(batch.meta[i])
                 }
                 counts += rearrange_documents(ids, plain, fim_encoder, job)
             untrained = [NO_SPANS] * len(ids)
@@ -671,16 +670,10 @@ def encode_chats(batch: TextBatch, tokenizer_path: str) -> dict[int, chat.Encode
     Raises:
         UserError: the tokenizer has no chat template, or the template refuses a conversation.
     """
-    places = [i for i, meta in enumerate(batch.meta) if is_conversation(meta)]
+    places = [i for i, meta in enumerate(batch.meta) if CONVERSATION.is_in(meta)]
     if not places:
         return {}
-    conversations = [decode_conversation(batch.meta[i]) for i in places]
-    for i, messages in zip(places, conversations, strict=True):
-        if join_contents(messages) != batch.texts[i]:
-            raise UserError(
-                f"pack: a rule of prepare has edited the text of the conversation {batch.ids[i]}, "
-                "but cannot edit its messages. Leave the rule out: prepare.rules=-corpus_paragraphs"
-            )
+    conversations = [CONVERSATION.decode(batch.meta[i]) for i in places]
     encoded = load_cached_template(tokenizer_path).encode_conversations(conversations)
     return dict(zip(places, encoded, strict=True))
 
@@ -697,10 +690,8 @@ def append_rejected(
         Where each begins; 0: the document is no pair.
     """
     pair_at = [0] * len(ids)
-    places = [i for i, meta in enumerate(batch.meta) if is_pair(meta)]
-    texts = [
-        batch.texts[i][: batch.prompt_chars[i]] + decode_rejected(batch.meta[i]) for i in places
-    ]
+    places = [i for i, meta in enumerate(batch.meta) if PAIR.is_in(meta)]
+    texts = [batch.texts[i][: batch.prompt_chars[i]] + PAIR.decode(batch.meta[i]) for i in places]
     rejected, loss_from = encoder.encode_documents(texts, [batch.prompt_chars[i] for i in places])
     for i, other, n_prompt in zip(places, rejected, loss_from, strict=True):
         pair_at[i] = start = len(ids[i])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -28,13 +28,8 @@ MARK_DTYPE = np.dtype(MARK_FIELDS)
 CUT_DTYPE = np.dtype([("row", "<i8"), ("number", "<u4"), ("leading", "?")])
 
 
-def mark_paragraphs(texts: Sequence[str], least: int = 100) -> list[bytes]:
-    """Return for each text a MARK_DTYPE for each paragraph of 100 characters or more."""
-    return [mark_text(text, least) for text in texts]
-
-
 def mark_text(text: str, least: int) -> bytes:
-    """Return the marks of one text."""
+    """Return a MARK_DTYPE for each paragraph of a text that has as many characters or more."""
     parts = PARAGRAPH_GAP.split(text)  # paragraph, gap, paragraph, ...
     raw = parts[::2]
     gaps = [0, *map(len, parts[1::2]), 0]

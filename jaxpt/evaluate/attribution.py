@@ -33,7 +33,7 @@ class DocumentLoss:
 
 
 class Segment(NamedTuple):
-    """Columns [start, stop) of a sequence whose tokens attend to each other."""
+    """Columns [start, stop) of a sequence, to the last trained one, that attend to each other."""
 
     row: int
     start: int
@@ -68,43 +68,46 @@ def rank_documents(run: io.Path, step: int, tokenizer: str) -> tuple[io.Path, li
     mesh = sharding.make_mesh(config.MeshConfig())
     model = load_model(checkpoint_dir, mesh)
 
-    settings, dataset, places = loader.list_step_sequences(run, step)
+    settings, dataset, places, n_parts = loader.list_step_sequences(run, step)
     sequences = [dataset.read_sequence(name, i) for name, i in places]
     batch = loader.make_batch(sequences, settings.mixture.document_mask)
-    losses = compute_batch_losses(model, batch, dataset.seq_len)
+    losses = compute_batch_losses(model, loader.cut_batch(batch, n_parts))
+    losses = losses.reshape(batch.tokens.shape)
     ranked = sum_document_losses(documents, losses, batch.loss_mask)
     ranked.sort(key=lambda found: -found.delta)
     return checkpoint_dir, ranked
 
 
-def compute_batch_losses(model: LoadedModel, batch: Batch, max_length: int) -> np.ndarray:
+def compute_batch_losses(model: LoadedModel, batch: Batch) -> np.ndarray:
     """Return the loss of each target of a batch in nats, float32 [B, T]; 0 where not trained."""
     losses = np.zeros(batch.tokens.shape, np.float32)
-    segments = find_segments(batch.segment_ids)
+    segments = find_segments(batch)
     pairs = []
     for row, start, stop in segments:
         ids = batch.tokens[row, start:stop].tolist()
-        pairs.append((ids[:1], ids[1:]))
+        last = int(batch.targets[row, stop - 1])  # of a part it is the first token of the next
+        pairs.append((ids[:1], [*ids[1:], last]))
     scored = likelihood.compute_token_log_likelihoods(
-        model.spec, model.params, pairs, max_length=max_length, label="losses"
+        model.spec, model.params, pairs, max_length=batch.tokens.shape[1], label="losses"
     )
     for place, log_likelihoods, _ in scored:
         row, start, stop = segments[place]
-        losses[row, start : stop - 1] = -log_likelihoods
+        losses[row, start:stop] = -log_likelihoods
     losses *= batch.loss_mask
     return losses
 
 
-def find_segments(segment_ids: np.ndarray) -> list[Segment]:
-    """Return the segments of at least two tokens in segment_ids [B, T], without padding."""
+def find_segments(batch: Batch) -> list[Segment]:
+    """Return the segments of a batch in which a target is trained."""
     segments = []
-    for row, ids in enumerate(segment_ids):
+    for row, ids in enumerate(batch.segment_ids):
         changes = np.flatnonzero(np.diff(ids)) + 1
         starts = [0, *changes.tolist()]
         stops = [*changes.tolist(), len(ids)]
         for start, stop in zip(starts, stops, strict=True):
-            if ids[start] and stop - start > 1:
-                segments.append(Segment(row, start, stop))
+            trained = np.flatnonzero(batch.loss_mask[row, start:stop]).tolist()
+            if trained:
+                segments.append(Segment(row, start, start + trained[-1] + 1))
     return segments
 
 

@@ -74,11 +74,11 @@ GROUPS: dict[str, dict[str, TaskRequest]] = {
         "gsm8k": TaskRequest(shots=5),
     },
 }
-BITS_PER_BYTE, BY_POSITION, NEEDLE = TEXT_TASKS = ("bits_per_byte/", "by_position/", "needle/")
+BITS_PER_BYTE, BY_POSITION, NEEDLE = ("bits_per_byte/", "by_position/", "needle/")
 
 
 class TextTask(NamedTuple):
-    """A measure of raw text, of TEXT_TASKS, and the source of the text."""
+    """A measure of raw text, one of those above, and the source of the text."""
 
     measure: str
     source: sources.TextSource
@@ -274,7 +274,7 @@ def parse_tasks(
 
 
 def find_measure(task: str) -> str:
-    """Return which of TEXT_TASKS a task is; "" if it is none that --tasks can name."""
+    """Return which measure of raw text a task is; "" if it is none that --tasks can name."""
     return next(filter(task.startswith, (BITS_PER_BYTE, NEEDLE)), "")
 
 

@@ -7,6 +7,7 @@ manifest (growth/parse.py). To add one, write a function here and mark it `@oper
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -227,6 +228,7 @@ def make_depth_growth(parent: Parent, layer_map: list[int]) -> Growth:
 # ---- width: the channels of every layer
 
 WIDTH_AXES = {"embed": "d_model", "mlp": "d_ff", "heads": "n_heads", "kv_heads": "n_kv_heads"}
+MESH_MULTIPLE = 128 * 3 * 5 * 7  # of 1 to 8 devices, and of powers of two up to 128
 SIZE_ARGUMENTS = {"d": "d_model", "ff": "d_ff", "heads": "n_heads"}
 
 
@@ -284,7 +286,7 @@ def narrow(
 ) -> Growth:
     """Keep the most active channels, MLP activations and kv groups. Minitron, 2407.14679.
 
-    rounds=R narrows in R equal parts and measures anew before each.
+    rounds=R narrows in up to R parts and measures anew before each.
     """
     spec = parent.spec
     child = resize_spec("narrow", spec, Sizes(d, ff, heads))
@@ -302,7 +304,9 @@ def narrow(
     batches = list(require_batches("narrow", parent))
     growth = Growth(spec, spec, {})
     for done in range(1, rounds + 1):
-        growth = narrow_further(growth, parent.params, batches, part_way(spec, child, done, rounds))
+        part = part_way(spec, child, done, rounds)
+        if part != growth.child:
+            growth = narrow_further(growth, parent.params, batches, part)
     measured: dict[str, Measured] = {}
     if d:
         measured["kept_channels"] = growth.sources["embed"].tolist()
@@ -311,11 +315,15 @@ def narrow(
 
 
 def part_way(spec: ModelSpec, child: ModelSpec, done: int, rounds: int) -> ModelSpec:
-    """Return the widths after some of the rounds from one model to a narrower one."""
+    """Return the widths after some of the rounds from one model to a narrower one.
+
+    A mesh that divides both models' widths divides those between.
+    """
 
     def between(field: str) -> int:
         before, after = getattr(spec, field), getattr(child, field)
-        return before - (before - after) * done // rounds
+        unit = math.gcd(before, after, MESH_MULTIPLE)
+        return before - (before - after) // unit * done // rounds * unit
 
     n_kv_heads = between("n_kv_heads")
     n_heads = n_kv_heads * (spec.n_heads // spec.n_kv_heads)

@@ -42,7 +42,12 @@ class ScalingLaw(Record):
     def compute_tokens_to_loss(self, n_params: float, loss: float) -> float:
         """Return the tokens needed to reach a loss; infinite if the size cannot reach it."""
         left = loss - self.compute_loss_floor(n_params)
-        return (self.B / left) ** (1 / self.beta) if left > 0 else math.inf
+        if left <= 0:
+            return math.inf
+        try:
+            return (self.B / left) ** (1 / self.beta)
+        except OverflowError:  # a flat law, close above its floor
+            return math.inf
 
     def describe_extrapolation(self, n_params: float, tokens: float) -> list[str]:
         """Describe how far a size and a token budget lie outside of the fitted runs."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pathlib
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from jaxpt.report import read
 from jaxpt.report.figures import (
+    LINE,
     Cell,
     Figure,
     Palette,
@@ -46,6 +48,10 @@ OVERLAP_CAPTION = (
     "Items that share 13 consecutive words with a document the model was trained on, "
     "found by following its lineage to the corpora."
 )
+SCORE_BAR = {"type": "rule", "strokeWidth": 1.5}
+SCORE_DOT = {"type": "point", "filled": True, "size": 60, "opacity": 1, "strokeWidth": 1.5}
+SCORE_TOOLTIP = [nominal("task"), nominal("column")]
+SCORE_TOOLTIP += [quantitative(field, format=".3f") for field in ("score", "low", "high")]
 MAX_PROMPTS = 24  # shown of all files together
 MAX_TOKENS_PER_DOCUMENT = 256  # colored; fewer where the page shows several comparisons
 MAX_TOKENS_LISTED = 6  # tokens of a document in the table under it
@@ -54,6 +60,8 @@ NATS_PER_SHADE = 0.7  # each shade is another factor of two in probability
 BENCHMARK_CAPTION = (
     "One standard error to either side; where bars overlap, the difference may be chance."
 )
+# axis of a long context -> measures of which each is of one place on it
+PLACES = {"position": r"(nats)_(\d+-\d+)", "depth": r"(acc)_depth_([\d.]+)"}
 DIRECTIONS = {True: "higher is better", False: "lower is better"}
 
 
@@ -80,7 +88,7 @@ class EvaluationView(NamedTuple):
 
     table: Table
     models: Palette
-    benchmarks: list[Figure]  # one per kind of measure: each has an axis of its own
+    benchmarks: list[Figure]  # one per Measure: each has an axis of its own
     overlaps: Table | None  # benchmark items that were seen in training
     shared_words: list[str]
 
@@ -288,10 +296,12 @@ def format_score(score: TaskScore | None) -> Cell:
 
 
 class Measure(NamedTuple):
-    """A kind of measure, whose scores share an axis."""
+    """A kind of measure, whose scores share an axis; of a long context those of one task."""
 
     metric: str
     higher_is_better: bool | None
+    task: str = ""
+    places: str = ""  # of PLACES, the other axis
 
 
 def plot_benchmarks(columns: list[EvalColumn], models: Palette) -> list[Figure]:
@@ -304,9 +314,21 @@ def plot_benchmarks(columns: list[EvalColumn], models: Palette) -> list[Figure]:
                 continue
             ends = {"low": score.score - score.stderr, "high": score.score + score.stderr}
             value = {"task": f"{task} {metric}", **labels, "score": score.score, **ends}
-            values.setdefault(Measure(score.metric, score.higher_is_better), []).append(value)
+            kind = Measure(score.metric, score.higher_is_better)
+            for axis, pattern in PLACES.items():
+                found = re.fullmatch(pattern, score.metric)
+                if found:
+                    kind = Measure(found[1], score.higher_is_better, task, axis)
+                    value[axis] = found[2]
+            values.setdefault(kind, []).append(value)
     labels = [column.label for column in columns]
-    return [plot_measure(kind, own, labels, models) for kind, own in values.items()]
+    figures = []
+    for kind, own in values.items():
+        if kind.places:
+            figures.append(plot_over_places(kind, own, models))
+        else:
+            figures.append(plot_measure(kind, own, labels, models))
+    return figures
 
 
 def plot_measure(
@@ -315,9 +337,6 @@ def plot_measure(
     """Draw scores of one kind: a color per model, hollow for hf."""
     by_model = color_by("model", models)
     hollow = {"test": "datum.backend === 'hf'", "value": "var(--bg)"}
-    tooltip = [nominal("task"), nominal("column")]
-    for field in ("score", "low", "high"):
-        tooltip.append(quantitative(field, format=".3f"))
     task = {**nominal("task"), "title": None, "sort": None}
     task["axis"] = {"labelLimit": 130}
     offset = {"field": "column", "sort": labels}
@@ -327,22 +346,43 @@ def plot_measure(
     bar["color"] = by_model
     point = {"x": quantitative("score", **axis)}
     point["fill"] = {"condition": hollow, **by_model}
-    point |= {"stroke": by_model, "tooltip": tooltip}
-    rule = {"type": "rule", "strokeWidth": 1.5}
-    dot = {"type": "point", "filled": True, "size": 60, "opacity": 1, "strokeWidth": 1.5}
+    point |= {"stroke": by_model, "tooltip": SCORE_TOOLTIP}
     n_tasks = len({value["task"] for value in values})
     height = 45 + 14 * len(values) + 20 * n_tasks
     spec: Spec = {"height": height, "data": {"values": values}}
     spec["encoding"] = {"y": task, "yOffset": offset}
-    bars = {"mark": rule, "encoding": bar}
-    points = {"mark": dot, "encoding": point}
+    bars = {"mark": SCORE_BAR, "encoding": bar}
+    points = {"mark": SCORE_DOT, "encoding": point}
     spec["layer"] = [bars, points]
-    caption = BENCHMARK_CAPTION
-    if kind.higher_is_better is not None:
-        caption = f"{title.capitalize()}: {DIRECTIONS[kind.higher_is_better]}. {caption}"
+    caption = describe_measure(kind, title)
     if any(value["backend"] == "hf" for value in values):
         caption += " Hollow: hf."
     return Figure(spec, caption)
+
+
+def plot_over_places(kind: Measure, values: list[dict[str, Any]], models: Palette) -> Figure:
+    """Draw what a task measures at several places of a long context, a line per model."""
+    places = {value[kind.places]: None for value in values}
+    order = sorted(places, key=lambda place: float(place.partition("-")[0]))
+    place = {"field": kind.places, "type": "ordinal", "sort": order, "axis": {"labelAngle": 0}}
+    title = {"nats": "nats per token"}.get(kind.metric, kind.metric)
+    scale = {"zero": False}
+    by_model = {"color": color_by("model", models), "detail": nominal("column")}
+    score = {"y": quantitative("score", title=title, scale=scale), **by_model}
+    bar = {"y": quantitative("low", title=title, scale=scale), "y2": {"field": "high"}, **by_model}
+    spec: Spec = {"height": 180, "data": {"values": values}, "encoding": {"x": place}}
+    lines = {"mark": LINE, "encoding": score}
+    bars = {"mark": SCORE_BAR, "encoding": bar}
+    points = {"mark": SCORE_DOT, "encoding": {**score, "tooltip": SCORE_TOOLTIP}}
+    spec["layer"] = [lines, bars, points]
+    return Figure(spec, describe_measure(kind, title), kind.task)
+
+
+def describe_measure(kind: Measure, title: str) -> str:
+    """Return the caption of a figure: what is better, and what the bars are."""
+    if kind.higher_is_better is None:
+        return BENCHMARK_CAPTION
+    return f"{title.capitalize()}: {DIRECTIONS[kind.higher_is_better]}. {BENCHMARK_CAPTION}"
 
 
 # ---- samples: continuations of the same prompts, side by side

@@ -1,8 +1,9 @@
 """Compare the arms of a sweep: which of them reaches a loss for less than the control.
 
 The control is the first value of each knob. A law of its losses over its cost, L = E + B / C^beta,
-says what it would have cost the control to reach an arm's loss; that, over what the arm cost, is
-the arm's speed-up. Seeds are repeats; lengths (train.steps) are budgets of one arm.
+moved to what its runs as long as the arm's end at, says what it would have cost the control to
+reach an arm's loss; that, over what the arm cost, is the arm's speed-up. Seeds are repeats; lengths
+(train.steps) are budgets of one arm.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxpt import io, stage
 from jaxpt.plan import scaling
@@ -22,11 +23,11 @@ from jaxpt.spec import Record, UserError
 from jaxpt.train.metrics import stream_metrics
 from jaxpt.train.records import HeldoutMetrics
 
-SEEDS = ("initialize.seed", "mixture.seed")
-LENGTH = "train.steps"
 MIN_POINTS = 4  # of a law with three unknowns
 FIRST_FRAC = 0.1  # of a run, whose losses no power law describes
 LEVEL = 0.05  # of significance, Holm's over the arms
+ROUNDING = 1e-9  # nats per token: smaller differences are none
+MAX_EXPONENT = 700.0  # of a float64
 COSTS = {"flops": "FLOPs", "seconds": "time"}
 
 
@@ -41,7 +42,7 @@ class Point(NamedTuple):
 class Trained(NamedTuple):
     """A finished run: its seeds, its steps, and its held-out losses in order."""
 
-    seeds: tuple[Any, ...]
+    seeds: str
     n_steps: int
     points: list[Point]
 
@@ -87,29 +88,30 @@ def read_experiment(directory: io.Path) -> Experiment:
     Raises:
         UserError: it is no sweep's, or too little of the control is there.
     """
-    if not io.exists(directory / "sweep.json"):
-        raise UserError(
-            f"--experiment {directory}: has no sweep.json. Give the --workdir of jaxpt sweep."
-        )
-    sweep = Sweep.from_json(io.read_json(directory / "sweep.json"), f"{directory}/sweep.json")
     arms: dict[str, list[Trained]] = {}
-    for name, values in sweep.runs.items():
-        runs = arms.setdefault(name_arm(values), [])
+    for name, run in read_sweep(directory).runs.items():
+        runs = arms.setdefault(run.arm, [])
         if io.exists(directory / name / "manifest.json"):
-            seeds = tuple(values.get(knob) for knob in SEEDS)
             points = read_points(directory / name)
             if points:
-                runs.append(Trained(seeds, values.get(LENGTH, 0), points))
+                runs.append(Trained(run.seeds, run.n_steps, points))
     return compare_arms(arms, str(directory))
 
 
-def name_arm(values: dict[str, Any]) -> str:
-    """Return what runs of one arm share, as text: peak_lr=0.002."""
-    parts = []
-    for knob, value in values.items():
-        if knob not in (*SEEDS, LENGTH):
-            parts.append(f"{knob.rpartition('.')[2]}={value}")
-    return ", ".join(parts) or "all runs"
+def list_runs(directory: io.Path) -> list[io.Path]:
+    """Return the directories of a sweep's runs that have begun. Raise UserError if it is none."""
+    runs = [directory / name for name in read_sweep(directory).runs]
+    return [run for run in runs if io.exists(run)]
+
+
+def read_sweep(directory: io.Path) -> Sweep:
+    """Return what was run, whatever became of it. Raise UserError if a directory is no sweep's."""
+    file = directory / "sweep.json"
+    if not io.exists(file):
+        raise UserError(
+            f"--experiment {directory}: has no sweep.json. Give the --workdir of jaxpt sweep."
+        )
+    return Sweep.from_json(io.read_json(file), str(file))
 
 
 def read_points(run_dir: io.Path) -> list[Point]:
@@ -117,8 +119,7 @@ def read_points(run_dir: io.Path) -> list[Point]:
     points = []
     for record in stream_metrics(run_dir / "metrics.jsonl"):
         if isinstance(record, HeldoutMetrics) and record.step and record.flops:
-            loss = statistics.mean(record.heldout_loss.values())
-            points.append(Point(loss, record.flops, record.productive_seconds))
+            points.append(Point(record.mean_loss, record.flops, record.productive_seconds))
     return points
 
 
@@ -128,18 +129,19 @@ def compare_arms(arms: dict[str, list[Trained]], where: str) -> Experiment:
     points, law_of = choose_law_points(arms[control], where)
     laws = {cost: fit_law(points, cost) for cost in COSTS}
     ends = {name: list_ends(arms[name], arms[control]) for name in others}
-    gains = {name: list_gains(ends[name], laws["flops"]) for name in others}
+    moved = {name: move_laws(laws, arms[name], arms[control]) for name in arms}
+    gains = {name: list_gains(ends[name], moved[name]["flops"]) for name in others}
     p_values = adjust_by_holm({name: compute_p_value(gains[name]) for name in others})
     compared = [describe_arm(arms[control], Arm(control, "control", ""))]
     for name in others:
         speedups = {}
         if ends[name]:
-            for cost, law in laws.items():
+            for cost, law in moved[name].items():
                 speedups[cost] = estimate_speedup(ends[name], arms[control], law, cost)
         outcome = choose_outcome(gains[name], p_values[name])
         arm = Arm(name, outcome, "", speedups=speedups, p_value=p_values[name])
         compared.append(describe_arm(arms[name], arm))
-    return Experiment(control, law_of, laws, tuple(compared))
+    return Experiment(control, law_of, moved[control], tuple(compared))
 
 
 # ---- the control's law
@@ -157,11 +159,12 @@ def choose_law_points(runs: list[Trained], where: str) -> tuple[list[Point], str
     for run in longest(runs):
         last = run.points[-1]
         points += [point for point in run.points if point.flops >= FIRST_FRAC * last.flops]
-    if len({point.flops for point in points}) < MIN_POINTS:
+    n_distinct = len({point.flops for point in points})
+    if n_distinct < MIN_POINTS:
         raise UserError(
             f"--experiment {where}: expected at least {MIN_POINTS} held-out losses of the control, "
-            f"the first value of each knob, got {len(points)}. Wait for its runs, set a smaller "
-            f"train.eval_every, or sweep over {LENGTH} too."
+            f"the first value of each knob, at different FLOPs, got {n_distinct}. Wait for its "
+            "runs, set a smaller train.eval_every, or sweep over train.steps too."
         )
     return points, "the losses within its longest runs, which had no decay yet"
 
@@ -178,13 +181,32 @@ def fit_law(points: Iterable[Point], cost: str) -> scaling.ScalingLaw:
     return scaling.solve_scaling_law(found, scaling.SCALING_LAWS["chinchilla"])
 
 
+def move_laws(
+    laws: dict[str, scaling.ScalingLaw], runs: list[Trained], control: list[Trained]
+) -> dict[str, scaling.ScalingLaw]:
+    """Return the laws, moved to the mean end of the control's runs as long as an arm's longest.
+
+    What a law misses there would be every arm's gain: one of losses within runs does not know what
+    the decay brings. Where the control has no run of that length, it is the end of its longest.
+    """
+    lengths = {run.n_steps for run in longest(runs)}
+    ends = [run.points[-1] for run in control if run.n_steps in lengths]
+    ends = ends or [run.points[-1] for run in longest(control)]
+    moved = {}
+    for cost, law in laws.items():
+        misses = [end.loss - law.predict_loss(1, getattr(end, cost)) for end in ends]
+        moved[cost] = dataclasses.replace(law, E=law.E + statistics.mean(misses))
+    return moved
+
+
 # ---- speed-ups
 
 
 def list_ends(runs: list[Trained], control: list[Trained]) -> list[Point]:
     """Return the end of each of an arm's longest runs.
 
-    Where the control has a run of the same seed and length, its luck there is taken off the loss.
+    Where the control has a run of the same seed and length, the seed's deviation from the
+    control's mean is taken off the loss.
     """
     pairs = {(run.seeds, run.n_steps): run.points[-1].loss for run in control}
     ends = []
@@ -192,8 +214,8 @@ def list_ends(runs: list[Trained], control: list[Trained]) -> list[Point]:
         end = run.points[-1]
         if (run.seeds, run.n_steps) in pairs:
             alike = [pairs[pair] for pair in pairs if pair[1] == run.n_steps]
-            luck = pairs[run.seeds, run.n_steps] - statistics.mean(alike)
-            end = end._replace(loss=end.loss - luck)
+            deviation = pairs[run.seeds, run.n_steps] - statistics.mean(alike)
+            end = end._replace(loss=end.loss - deviation)
         ends.append(end)
     return ends
 
@@ -215,8 +237,13 @@ def estimate_speedup(
     half = half_interval(logs)
     spent = statistics.mean(getattr(end, cost) for end in ends)
     most = max(getattr(run.points[-1], cost) for run in control)
-    factor = math.exp(mean)
-    return Speedup(factor, math.exp(mean - half), math.exp(mean + half), factor * spent / most)
+    factor, low, high = map(exponentiate, (mean, mean - half, mean + half))
+    return Speedup(factor, low, high, factor * spent / most)
+
+
+def exponentiate(value: float) -> float:
+    """Return e to a power; infinity where float64 ends, as of the interval of two seeds."""
+    return math.inf if value > MAX_EXPONENT else math.exp(value)
 
 
 def half_interval(values: list[float]) -> float:
@@ -235,10 +262,11 @@ def compute_p_value(gains: list[float]) -> float:
 
     if len(gains) < 2:
         return math.nan
+    mean = abs(statistics.mean(gains))
     error = statistics.stdev(gains) / len(gains) ** 0.5
-    if not error:
-        return float(statistics.mean(gains) == 0)
-    return float(2 * stats.t.sf(abs(statistics.mean(gains)) / error, len(gains) - 1))
+    if error < ROUNDING:
+        return float(mean < ROUNDING)
+    return float(2 * stats.t.sf(mean / error, len(gains) - 1))
 
 
 def adjust_by_holm(p_values: dict[str, float]) -> dict[str, float]:
@@ -312,9 +340,10 @@ def make_experiment(experiment: Experiment) -> ExperimentView:
     heads = ["arm", "outcome", "held-out loss", "FLOPs", "time in steps"]
     heads += [f"speed-up, {label}" for label in COSTS.values()]
     caption = (
-        f"Control: {experiment.control}; its law is fitted to {experiment.law_of}. Speed-up: what "
-        "the control would spend to reach the arm's loss, over what the arm spent. Outcomes: t "
-        "test over seeds against the law, Holm's correction over arms, 5 %."
+        f"Control: {experiment.control}; its law is fitted to {experiment.law_of}, and moved to "
+        "what its runs as long as the arm's end at. Speed-up: what the control would spend to "
+        "reach the arm's loss, over what the arm spent. Outcomes: t test over seeds against the "
+        "law, Holm's correction over arms, 5 %."
     )
     table = Table([*heads, "seeds"], rows, caption, n_text_columns=2)
     return ExperimentView([arm.sentence for arm in experiment.arms], table)

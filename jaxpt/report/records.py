@@ -201,10 +201,19 @@ class Phase(View):
 
 
 @dataclasses.dataclass(frozen=True)
+class SweepRun(View):
+    """What distinguishes a run of a sweep."""
+
+    arm: str  # its values but those below
+    seeds: str
+    n_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Sweep(View):
     """The runs of a sweep, the control's first."""
 
-    runs: dict[str, dict[str, Any]]  # directory -> knob -> value
+    runs: dict[str, SweepRun]  # by directory
 
 
 # ---- corpus/funnel.json

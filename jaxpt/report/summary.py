@@ -240,6 +240,8 @@ def describe_stage_size(node: LineageNode) -> str:
         return f"{format_whole(n_documents)} documents, {format_brief(n_bytes / 1e6)} MB"
     if node.kind == "tokenizer":
         return f"{format_whole(counts.get('vocab_size'))} tokens"
+    if node.kind == "samples" and counts:
+        return f"{format_whole(counts.get('n_samples'))} samples per token"
     if node.kind == "packed" and counts:
         packed = PackedCounts.from_json(counts)
         n_tokens = sum(source.n_tokens for source in packed.train.values())

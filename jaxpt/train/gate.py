@@ -63,7 +63,7 @@ class HeldoutData:
             train: the training loop's knobs: how much is measured, and in what dtype.
             document_mask: whether a document sees only itself.
             mesh: the devices.
-            seq_len: of the parts that packed ones are cut into; None: they stay whole.
+            seq_len: of the parts that packed sequences are cut into; None: they stay whole.
         """
         self.dataset = loader.open_packed(packed, split="heldout")
         self.seq_len = seq_len or self.dataset.seq_len
@@ -108,9 +108,9 @@ class HeldoutData:
         )
 
     def cut_to(self, length: int) -> None:
-        """Measure on the longest equal parts of rows that are no longer than `length`."""
-        row = self.dataset.seq_len
-        self.seq_len = max(n for n in range(1, min(row, length) + 1) if row % n == 0)
+        """Measure on the longest equal parts of packed sequences up to `length`."""
+        packed = self.dataset.seq_len
+        self.seq_len = max(n for n in range(1, min(packed, length) + 1) if packed % n == 0)
 
     def round_batch_size(self, n: int) -> int:
         """Return the next number of sequences that the mesh shards evenly."""
@@ -496,8 +496,8 @@ def choose_test_tokens(spec: ModelSpec, heldout: HeldoutData | None) -> np.ndarr
     n_sources = len(dataset.names)
     for i in range(max(1, CHECK_TOKENS // length)):
         name = dataset.names[i % n_sources]
-        row = i // n_sources % dataset.n_sequences[name]
-        sequence = dataset.read_sequence(name, row)
+        place = i // n_sources % dataset.n_sequences[name]
+        sequence = dataset.read_sequence(name, place)
         sequences.append(sequence.tokens[:length])
     return np.stack(sequences)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 
 # MixturePhase (one entry of phases.json): step, sequence, batch_size, shares, fingerprint
 from jaxpt.data.mixture import MixturePhase
@@ -81,6 +82,11 @@ class HeldoutMetrics(RunSums):
     parent_loss: dict[str, float] | None = None  # the parent's on the same sequences
     average_loss: dict[str, float] | None = None  # of the averaged weights
     kind: str = "heldout"
+
+    @property
+    def mean_loss(self) -> float:
+        """Return the mean over sources, by which runs are compared."""
+        return statistics.mean(self.heldout_loss.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +189,7 @@ class HeldoutRecord(Record):
     fingerprint: str  # of the held-out sequences
     n_sequences: int  # per source, at most
     document_mask: bool
-    seq_len: int  # of the parts that packed ones are cut into
+    seq_len: int  # of the parts that packed sequences are cut into
 
 
 @dataclasses.dataclass(frozen=True)

@@ -248,12 +248,12 @@ class Session:
         schedule = MixtureSchedule(
             self.mixture,
             self.run.dataset.n_sequences,
-            self.shape.count_rows(self.run.dataset.seq_len),
+            self.shape.count_sequences(self.run.dataset.seq_len),
             history,
             self.step,
             self.n_sequences,
             self.run.dataset.fingerprint,
-            shapes.list_rows_per_step(self.run.config),
+            shapes.list_sequences_per_step(self.run.config),
         )
         schedule.check_max_epochs(self.n_sequences_at_end, self.mixture.max_epochs)
         return schedule
@@ -416,7 +416,7 @@ class Session:
         self.on_device.append(scalars)
         self.sums_after.append(self.meter.sums)
         self.step += 1
-        self.n_sequences += self.batch_shape.count_rows(self.run.dataset.seq_len)
+        self.n_sequences += self.batch_shape.count_sequences(self.run.dataset.seq_len)
         self.collected = []
         self.heldout_losses = None
 

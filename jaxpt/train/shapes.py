@@ -1,8 +1,8 @@
 """Find the shape of a step's batch: train.shape_schedule changes it as the run goes on.
 
-All shapes read the same packed sequences, in the same order. A step of shorter ones cuts each row
-of pack.seq_len tokens into equal parts, which follow each other in the batch, so that a position
-in the data is a number of rows whatever the shape.
+All shapes read the same packed sequences, in the same order. A step of shorter ones cuts each
+packed sequence into equal parts, which follow each other in the batch, so that a position in the
+data is a number of packed sequences whatever the shape.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class StepShape(NamedTuple):
         """Return the tokens of a step."""
         return self.batch_size * self.seq_len
 
-    def count_rows(self, row_length: int) -> int:
-        """Return the packed sequences that a step reads."""
-        return self.n_tokens // row_length
+    def count_sequences(self, packed_len: int) -> int:
+        """Return the packed sequences of so many tokens that a step reads."""
+        return self.n_tokens // packed_len
 
 
 def list_shapes(config: Config) -> dict[int, StepShape]:
@@ -45,10 +45,11 @@ def find_shape(config: Config, step: int) -> StepShape:
     return shapes[starts[bisect.bisect_right(starts, step) - 1]]
 
 
-def list_rows_per_step(config: Config) -> tuple[tuple[int, int], ...]:
+def list_sequences_per_step(config: Config) -> tuple[tuple[int, int], ...]:
     """Return ((from step, packed sequences per step), ...)."""
-    length = config.pack.seq_len
-    return tuple((at, shape.count_rows(length)) for at, shape in list_shapes(config).items())
+    packed_len = config.pack.seq_len
+    found = list_shapes(config).items()
+    return tuple((start, shape.count_sequences(packed_len)) for start, shape in found)
 
 
 def count_tokens(config: Config, first: int = 0) -> int:

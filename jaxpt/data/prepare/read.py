@@ -261,7 +261,7 @@ class ByteLimitSampler:
             id, text, prompt_chars, meta = document
             data = text.encode()
             n_bytes = len(data)
-            digest = dedup.hash_text(data)
+            digest = dedup.hash_document(data, meta)
             number = int.from_bytes(digest[24:])
             if self.limit and number < self.threshold:
                 self.total += n_bytes

@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from jaxpt.data.conversation import encode_conversation, join_contents
-from jaxpt.data.preference import encode_rejected
+from jaxpt.data.conversation import join_contents
+from jaxpt.data.meta import CONVERSATION, PAIR
 from jaxpt.data.sources.source import Document
 from jaxpt.spec import UserError
 
@@ -71,7 +71,7 @@ def make_pair(id: str, prompt: str, chosen: str, rejected: str, place: str) -> D
             f"{rejected!r:.40}. Remove the record."
         )
     rejected = rejected.replace("\r\n", "\n").replace("\r", "\n")
-    return Document(id, prompt + chosen, len(prompt), encode_rejected(rejected))
+    return Document(id, prompt + chosen, len(prompt), PAIR.encode(rejected))
 
 
 def make_conversation(id: str, messages: list[Any], place: str) -> Document:
@@ -92,7 +92,7 @@ def make_conversation(id: str, messages: list[Any], place: str) -> Document:
             f"{place}: no message is an assistant's, so there is nothing to learn from it. Remove "
             "the record."
         )
-    return Document(id, join_contents(cleaned), 0, encode_conversation(cleaned))
+    return Document(id, join_contents(cleaned), 0, CONVERSATION.encode(cleaned))
 
 
 def get_text_field(record: dict[str, Any], field: str, place: str) -> str:
