@@ -269,6 +269,34 @@ def test_sharded_sequences_attend_as_whole_ones(n, T, window):
     )
 
 
+@pytest.mark.parametrize(("context", "tensor"), [(6, 1), (3, 2)])
+def test_kernels_exchange_positions_for_heads_where_sequences_are_sharded(backend, context, tensor):
+    """Two kv heads for six devices, and one for three: they are repeated."""
+    args = inputs(lengths=((100, 200, 60), (384,), (1, 129, 128)), B=3)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=1, context=context, tensor=tensor), jax.devices()[:6])
+
+    def of(attend):
+        return lambda *qkv: jnp.sum(attend(*qkv, args[3], 37) * jnp.cos(jnp.arange(H)))
+
+    def spread(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return backend(*args)
+
+    placed = [
+        jax.device_put(x, sharding.make_logical_sharding(mesh, ("batch", "position", heads, None)))
+        for x, heads in zip(args, ("heads", "kv_heads", "kv_heads"), strict=False)
+    ]
+    ours = jax.jit(jax.value_and_grad(of(spread), argnums=(0, 1, 2)))
+    program = ours.lower(*placed).compile()
+    assert "all-to-all" in program.as_text()
+    expected = jax.jit(jax.value_and_grad(of(plain), argnums=(0, 1, 2)))(*args[:3])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=5e-5),
+        program(*placed),
+        expected,
+    )
+
+
 def test_sequences_that_the_mesh_does_not_divide_attend_whole_on_every_device():
     """As one does that is decoded; 21 positions are not shared by 2 devices either."""
     args = inputs(lengths=((7, 9), (21,), (1, 20)), B=3, T=21)
@@ -322,7 +350,8 @@ def settings(attention="auto", seq_len=256, **train):
             "xla",
             "pack.seq_len = 200 is no multiple of 128 (128 or 256)",
         ),
-        (on(*TPU, position=2), settings(), "xla", "the mesh shards them 2 ways"),
+        (on(*TPU, position=2), settings(), "splash", "the kernel for TPU v5"),
+        (on(*TPU, position=4), settings(), "xla", "6 heads per device cannot be exchanged for 4"),
         (on(*H100), settings(), "cudnn", "the kernel for NVIDIA H100"),
         (
             on(*H100),

@@ -8,6 +8,7 @@ the same keys as the plain formula and give the same numbers (tests/test_attenti
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -104,8 +105,12 @@ def unsupported_reason(
     if spec.attention_softcap is not None:
         return f"model.attention_softcap = {spec.attention_softcap:g} (none)"
     n_context = n_shards(mesh, "position")
-    if n_context > 1:
-        return f"it needs whole sequences, the mesh shards them {n_context} ways (mesh.context = 1)"
+    n_heads = spec.n_heads // n_shards(mesh, "heads")
+    if n_heads % n_context:
+        return (
+            f"{n_heads} heads per device cannot be exchanged for {n_context} parts of a sequence "
+            f"(mesh.context = {math.gcd(n_heads, n_context)})"
+        )
     if T % 128:
         below = T - T % 128
         return f"pack.seq_len = {T} is no multiple of 128 ({below or 128} or {below + 128})"
@@ -124,7 +129,7 @@ def unsupported_reason(
         return f"model.d_head = {H} is no multiple of 8 up to 128"
     batch = request.batch_size // n_shards(mesh, "batch")
     width = spec.n_heads * H
-    n_entries = batch * T * width // n_shards(mesh, "heads")
+    n_entries = batch * T * width // n_shards(mesh, "heads") // n_context
     if n_entries >= 2**31:
         return (
             f"{batch} sequences per device exceed its 32-bit offsets "

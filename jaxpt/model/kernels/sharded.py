@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,10 +18,25 @@ Axes = tuple[LogicalAxis, ...]  # of one array
 
 
 def shard_map_attention(local: Callable[..., Array]) -> Callable[..., Array]:
-    """Return local(q, k, v, segment_ids) run by each device on its shard, if there is a mesh."""
+    """Return local(q, k, v, segment_ids) run by each device on its shard, if there is a mesh.
+
+    `local` gets whole sequences: where positions are sharded, they are exchanged for heads
+    (Ulysses, 2309.14509), so that every device has a part of the heads and the same work.
+    """
+
+    def attend(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+        n = count_shards("position")
+        if n == 1:
+            return local(q, k, v, segment_ids)
+        n_repeats = n // math.gcd(n, k.shape[2])  # of kv heads, until they divide too
+        k, v = jnp.repeat(k, n_repeats, axis=2), jnp.repeat(v, n_repeats, axis=2)
+        q, k, v = (exchange_shards(x, "position", 2, 1) for x in (q, k, v))
+        out = local(q, k, v, gather_shards(segment_ids, "position", 1))
+        return exchange_shards(out, "position", 1, 2)
+
     queries: Axes = ("batch", "position", "heads", None)
     keys: Axes = ("batch", "position", "kv_heads", None)
-    return shard_map_axes(local, [queries, keys, keys, ("batch", "position")], [queries])
+    return shard_map_axes(attend, [queries, keys, keys, ("batch", "position")], [queries])
 
 
 def shard_map_axes(
@@ -79,6 +95,11 @@ def gather_shards(x: Array, axis: str, dimension: int = 0) -> Array:
     shape = list(x.shape)
     shape[dimension] *= len(shards)
     return jnp.moveaxis(shards, 0, dimension).reshape(shape)
+
+
+def exchange_shards(x: Array, axis: str, split: int, join: int) -> Array:
+    """Return a part of dimension `split` for a whole dimension `join`, by an all-to-all."""
+    return jax.lax.all_to_all(x, find_mesh_axes(axis), split, join, tiled=True)
 
 
 def scatter_sum(x: Array, axis: str, dimension: int = 0) -> Array:
