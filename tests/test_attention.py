@@ -269,6 +269,7 @@ def test_sharded_sequences_attend_as_whole_ones(n, T, window):
     )
 
 
+@pytest.mark.parametrize("backend", ["splash", "cudnn"], indirect=True)
 @pytest.mark.parametrize(("context", "tensor"), [(6, 1), (3, 2)])
 def test_kernels_exchange_positions_for_heads_where_sequences_are_sharded(backend, context, tensor):
     """Two kv heads for six devices, and one for three: they are repeated."""
