@@ -155,6 +155,22 @@ def test_query_blocks_equal_the_formula(T, window):
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
+def test_a_window_that_leaves_the_padding_of_a_block_no_key_gives_the_formulas_gradients():
+    T, window = 385, 2  # 4 blocks of 97 queries reach to 387, and 2 of 193 keys to 385
+    q, k, v, segments = inputs(lengths=((T,),), B=1, T=T)
+
+    def of(attend):
+        return lambda q, k, v: jnp.sum(attend(q, k, v, segments, window) ** 2)
+
+    ours, expected = (
+        jax.jit(jax.grad(of(attend), argnums=(0, 1, 2)))(q, k, v)
+        for attend in (select.attend, plain)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=5e-5), ours, expected
+    )
+
+
 @pytest.mark.parametrize(
     ("lengths", "window", "row"),
     [

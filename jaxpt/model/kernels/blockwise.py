@@ -263,7 +263,10 @@ def blockwise_attention_fwd(inputs: Inputs, visibility: Visibility) -> tuple[Arr
         column = zeros[..., :1]
         sums = zeros, column, column + LOWEST
         out, total, row_max = loop_over_keys(add_keys, queries, sums)
-        # every query sees itself, so its total is positive
+        # At least exp(0), of the largest score. With a window, a query that pads the last block may
+        # lie too far behind the last key to see any: without a bound its logsumexp would be -inf,
+        # and NaN in backward.
+        total = jnp.maximum(total, 1)
         logsumexp = row_max + jnp.log(total)
         return (out / total).astype(q.dtype), logsumexp
 
