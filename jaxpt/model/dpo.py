@@ -47,7 +47,7 @@ def compute_target_nats(
     per_token = (batch.targets, batch.loss_mask)
     chunks = loss.split_token_chunks(chunk_tokens, hidden, per_token)
     _, nats = jax.lax.scan(score, None, chunks)
-    return jnp.moveaxis(nats, 0, 2).reshape(batch.targets.shape)
+    return loss.join_token_chunks(nats)
 
 
 def sum_answers(values: Array, segment_ids: Array) -> Array:

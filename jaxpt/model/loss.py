@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from jaxpt.model.softcap import apply_softcap, softcap_gradient
-from jaxpt.sharding import with_logical_constraint
+from jaxpt.sharding import n_shards, with_logical_constraint
 
 # Tokens whose logits exist on a device at one time. A whole sequence of 4,096 with a vocabulary of
 # 32,000 would be 0.5 GB in float32 and its gradient as much again. Each chunk reads the head and
@@ -124,8 +125,7 @@ def sum_chunks_fwd(
 
     chunks = split_token_chunks(chunk_tokens, hidden, per_token)
     d_head, (sums, d_chunks) = jax.lax.scan(add, jnp.zeros(lm_head.shape, jnp.float32), chunks)
-    d_hidden = jnp.moveaxis(d_chunks, 0, 2)
-    d_hidden = d_hidden.reshape(hidden.shape)
+    d_hidden = join_token_chunks(d_chunks)
     return tuple(map(jnp.sum, sums)), (d_hidden, d_head.astype(lm_head.dtype))
 
 
@@ -146,6 +146,13 @@ def sum_chunks_bwd(
 sum_chunks.defvjp(sum_chunks_fwd, sum_chunks_bwd)
 
 
+def count_chunk_tokens(mesh: Mesh) -> int:
+    """Return the tokens over all devices whose logits may exist at once."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    per_device = CPU_CHUNK_TOKENS if on_cpu else ACCELERATOR_CHUNK_TOKENS
+    return per_device * n_shards(mesh, "batch") * n_shards(mesh, "position")
+
+
 def split_token_chunks(chunk_tokens: int, hidden: Array, per_token: Any) -> tuple[Array, Any]:
     """Return [B, T, ...] as [n, B, T / n, ...]: every n-th position of each sequence.
 
@@ -161,6 +168,12 @@ def split_token_chunks(chunk_tokens: int, hidden: Array, per_token: Any) -> tupl
         return jnp.moveaxis(chunks, 2, 0)
 
     return jax.tree.map(split, (hidden, per_token))
+
+
+def join_token_chunks(x: Array) -> Array:
+    """Return [n, B, T / n, ...] as [B, T, ...], the tokens in their order again."""
+    n, B, part, *others = x.shape
+    return jnp.moveaxis(x, 0, 2).reshape(B, part * n, *others)
 
 
 def compute_chunk_logits(hidden: Array, lm_head: Array, softcap: float | None) -> Array:

@@ -503,8 +503,8 @@ def log_fast_paths(
     elif dtype == "float32" and not on_cpu:
         note = " (bfloat16 is several times faster here: train.compute_dtype)"
     log.info(f"matmuls: {dtype}{note}")
-    chunk = loss.CPU_CHUNK_TOKENS if on_cpu else loss.ACCELERATOR_CHUNK_TOKENS
-    log.info(f"loss: chunks of {chunk} tokens per device; remat: {train.remat}")
+    n_tokens = loss.count_chunk_tokens(mesh)
+    log.info(f"loss: chunks of {n_tokens:,} tokens over all devices; remat: {train.remat}")
 
 
 def format_epochs(epochs: dict[str, float]) -> str:

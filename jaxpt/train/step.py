@@ -25,7 +25,6 @@ from jaxpt.model.transformer import Kernels, Params
 from jaxpt.sharding import (
     make_batch_sharding,
     make_replicated_sharding,
-    n_shards,
     with_logical_constraint,
 )
 from jaxpt.spec import Batch, ModelSpec, TeacherSamples, UserError
@@ -305,20 +304,15 @@ def make_gradient_function(
     number of targets, so that their mean over micro-batches weighs each as the loss does.
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    unroll = 1
-    chunk_tokens = loss.ACCELERATOR_CHUNK_TOKENS
-    if on_cpu:
-        unroll = choose_unroll(spec, train, seq_len)
-        chunk_tokens = loss.CPU_CHUNK_TOKENS
+    unroll = choose_unroll(spec, train, seq_len) if on_cpu else 1
     if train.remat == "offload" and on_cpu:
         raise UserError(
             "train.remat: offload moves activations to the host's memory, and a CPU has no other. "
             "Use dots, minimal or full."
         )
-    chunk_tokens *= n_shards(mesh, "batch") * n_shards(mesh, "position")
     kernels = choose_kernels(spec, train, seq_len, mesh)
     run_model = make_model_function(train, kernels, unroll)
-    loss_knobs = (train.z_loss_weight, chunk_tokens, spec.logit_softcap)
+    loss_knobs = (train.z_loss_weight, loss.count_chunk_tokens(mesh), spec.logit_softcap)
     if train.dpo_beta:
         measure = make_pair_loss(spec, train.dpo_beta, run_model, loss_knobs)
     else:

@@ -16,7 +16,7 @@ from jaxpt.config import Config
 from jaxpt.data import loader, teacher_samples
 from jaxpt.data.teacher_samples import SampleCounts, SampledSource
 from jaxpt.model import distill, loss, transformer
-from jaxpt.sharding import check_batch_divides, make_batch_sharding, make_mesh, n_shards
+from jaxpt.sharding import check_batch_divides, make_batch_sharding, make_mesh
 from jaxpt.spec import Batch, Manifest, TeacherSamples, UserError
 from jaxpt.train import gate, step, teacher
 from jaxpt.weights.load import LoadedModel
@@ -163,9 +163,6 @@ def make_draw(
     spec, train = model.spec, config.train
     dtype = jnp.dtype(train.compute_dtype)
     kernels = step.choose_kernels(spec, train, seq_len, mesh)
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    chunk_tokens = loss.CPU_CHUNK_TOKENS if on_cpu else loss.ACCELERATOR_CHUNK_TOKENS
-    chunk_tokens *= n_shards(mesh, "batch") * n_shards(mesh, "position")
 
     def draw(
         params: transformer.Params, batch: Batch, key: jax.Array, places: jax.Array
@@ -185,7 +182,7 @@ def make_draw(
                 jax.vmap(start)(places),
                 n_samples,
                 config.distill.temperature,
-                chunk_tokens,
+                loss.count_chunk_tokens(mesh),
                 spec.logit_softcap,
             )
 
