@@ -96,7 +96,7 @@ def measure_steps(n_rounds=12):
     params = transformer.init_params(spec, 1, mesh)
     kinds = {
         "none": (None, batch, ()),
-        "samples": (step.Teaching(knobs, None, 32), batch._replace(samples=samples), ()),
+        "samples": (step.Teaching(knobs, None, 32, 4096), batch._replace(samples=samples), ()),
         "a model of its size": (step.Teaching(knobs, spec), batch, (params,)),
     }
     runs = {}

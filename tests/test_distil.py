@@ -188,6 +188,30 @@ def test_a_sampled_kl_is_the_full_one_within_its_standard_error():
         assert np.mean(z**2) < 1.6
 
 
+def test_a_sampled_kl_is_over_the_ids_that_both_vocabularies_have(sampled, make_config):
+    """As the full one is where a student's vocabulary is padded further than its teacher's."""
+    hidden, head, targets, mask, (theirs, their_head) = make_inputs(seed=1)
+    full = theirs, their_head[:, :8]
+
+    @jax.jit
+    def measure(head):
+        divergence = Divergence(teacher_vocab_size=8)
+        kls = [
+            distill.distillation_loss(hidden, head, targets, mask, teacher, 1.0, divergence)[2]
+            for teacher in (sample(full, 400), full)
+        ]
+        return kls, distill.measure_sampled_kl(hidden @ head, sample(full, 3), 8)[1]
+
+    (kl, full_kl), gradient = measure(head)
+    assert float(kl) == pytest.approx(float(full_kl), rel=0.02)
+    assert gradient[..., :8].any(-1).all() and not gradient[..., 8:].any()
+
+    settings = make_config(distill__teacher=str(sampled))
+    opened = teacher.open_samples(settings, loader.open_packed(settings.mixture.packed_paths))
+    vocab_size = teacher_samples.SampleReader(sampled).counts.vocab_size
+    assert step.make_divergence(opened.teaching).teacher_vocab_size == vocab_size
+
+
 def test_no_token_is_drawn_more_than_once_off_its_share():
     teacher = make_inputs(seed=2)[-1]
     K = 16

@@ -27,11 +27,13 @@ class Divergence(NamedTuple):
         temperature: both logits are divided by it.
         is_reverse: KL(student || teacher) instead of KL(teacher || student).
         teacher_softcap: of the teacher's logits.
+        teacher_vocab_size: of a teacher that was sampled; None: as large as the student's.
     """
 
     temperature: float = 1.0
     is_reverse: bool = False
     teacher_softcap: float | None = None
+    teacher_vocab_size: int | None = None
 
 
 def distillation_loss(
@@ -65,7 +67,7 @@ def distillation_loss(
         sum of mask x ((1 - alpha) nats + alpha T^2 KL + z-loss), of mask x nats and of mask x KL:
         float32 scalars. The first has gradients for hidden and lm_head; the others are for the log.
     """
-    T = divergence.temperature
+    temperature = divergence.temperature
     if isinstance(teacher, TeacherSamples):
         signal, teacher_head = teacher, None
     else:
@@ -76,14 +78,15 @@ def distillation_loss(
         alpha, teacher_head = shared
         logits = compute_chunk_logits(hidden, lm_head, softcap)
         losses, nats, d_logits = measure_targets(logits, targets, z_loss_weight, 1 - alpha)
+        divided = logits / temperature
         if isinstance(signal, TeacherSamples):
-            kl, d_kl = measure_sampled_kl(logits / T, signal)
+            kl, d_kl = measure_sampled_kl(divided, signal, divergence.teacher_vocab_size)
         else:
             theirs = compute_chunk_logits(signal, teacher_head, divergence.teacher_softcap)
-            kl, d_kl = measure_kl(logits / T, theirs / T, divergence.is_reverse)
+            kl, d_kl = measure_kl(divided, theirs / temperature, divergence.is_reverse)
         # d (T^2 KL) / d logits = T^2 / T x that of the divided logits
-        d_logits = (d_logits + alpha * T * d_kl) * mask[..., None]
-        losses = (losses + alpha * T**2 * kl) * mask
+        d_logits = (d_logits + alpha * temperature * d_kl) * mask[..., None]
+        losses = (losses + alpha * temperature**2 * kl) * mask
         return losses, (nats * mask, kl * mask), pass_softcap(d_logits, logits, softcap)
 
     per_token = (targets, loss_mask, signal)
@@ -105,21 +108,34 @@ def measure_kl(logits: Array, teacher_logits: Array, is_reverse: bool) -> tuple[
     else:
         kl = jnp.sum(p * (log_p - log_q), axis=-1)
         d_logits = q - p
-    return kl, jnp.pad(d_logits, [(0, 0), (0, 0), (0, V - n)])
+    return kl, pad_ids(d_logits, V)
 
 
-def measure_sampled_kl(logits: Array, samples: TeacherSamples) -> tuple[Array, Array]:
+def measure_sampled_kl(
+    logits: Array, samples: TeacherSamples, n_ids: int | None = None
+) -> tuple[Array, Array]:
     """Return an unbiased estimate of KL(teacher || student) and its gradient, likewise unbiased.
+
+    Args:
+        logits: the student's, [B, T, V].
+        samples: the teacher's.
+        n_ids: its vocabulary, at most V, over which the KL is; None: V.
 
     Source: random sampling knowledge distillation, 2503.16870, section 3.
     """
-    log_q = jax.nn.log_softmax(logits)
+    log_q = jax.nn.log_softmax(logits[..., :n_ids])
     ids = samples.ids
     taken = jnp.take_along_axis(log_q, ids, axis=-1)
     kl = samples.mean_log_prob - jnp.mean(taken, axis=-1)
-    B, T, K = ids.shape
+    B, T, n_samples = ids.shape
     sequence, position = jnp.arange(B)[:, None, None], jnp.arange(T)[:, None]
-    return kl, jnp.exp(log_q).at[sequence, position, ids].add(-1 / K)
+    d_logits = jnp.exp(log_q).at[sequence, position, ids].add(-1 / n_samples)
+    return kl, pad_ids(d_logits, logits.shape[-1])
+
+
+def pad_ids(d_logits: Array, vocab_size: int) -> Array:
+    """Return d_logits [B, T, n] as [B, T, vocab_size], 0 for the further ids."""
+    return jnp.pad(d_logits, [(0, 0), (0, 0), (0, vocab_size - d_logits.shape[-1])])
 
 
 def sample_teacher(
@@ -159,9 +175,4 @@ def sample_teacher(
 
     chunks = loss.split_token_chunks(chunk_tokens, hidden, starts)
     _, samples = jax.lax.scan(sample, None, chunks)
-
-    def join(x: Array) -> Array:
-        joined = jnp.moveaxis(x, 0, 2)
-        return joined.reshape(*hidden.shape[:2], *x.shape[3:])
-
-    return jax.tree.map(join, samples)
+    return jax.tree.map(loss.join_token_chunks, samples)

@@ -135,8 +135,8 @@ def resolve_teaching(settings: Config) -> Teaching | None:
         return None
     try:
         if teacher.is_sampled(section.teacher):
-            n_samples = SampleReader(section.teacher).counts.n_samples
-            return Teaching(section, n_samples=n_samples)
+            counts = SampleReader(section.teacher).counts
+            return Teaching(section, None, counts.n_samples, counts.vocab_size)
         return Teaching(section, read_source_spec(section.teacher))
     except UserError as error:
         raise UserError(f"distill.teacher: {error}") from None

@@ -62,11 +62,13 @@ class Teaching(NamedTuple):
         config: of the loss.
         spec: the teacher's; None: the batches bring its samples.
         n_samples: per position of those.
+        vocab_size: of the teacher that was sampled.
     """
 
     config: DistillConfig
     spec: ModelSpec | None = None
     n_samples: int = 0
+    vocab_size: int | None = None
 
 
 class Lesson(NamedTuple):
@@ -461,7 +463,8 @@ def make_divergence(teaching: Teaching) -> distill.Divergence:
     """Return which KL a run takes."""
     knobs, spec = teaching.config, teaching.spec
     softcap = spec.logit_softcap if spec else None
-    return distill.Divergence(knobs.temperature, knobs.direction == "reverse", softcap)
+    is_reverse = knobs.direction == "reverse"
+    return distill.Divergence(knobs.temperature, is_reverse, softcap, teaching.vocab_size)
 
 
 def choose_unroll(spec: ModelSpec, train: TrainConfig, seq_len: int) -> int:

@@ -171,9 +171,8 @@ def open_samples(config: Config, dataset: loader.PackedDataset) -> Teacher:
         f"teacher: {section.teacher}: {counts.n_samples} samples per token at temperature "
         f"{counts.temperature:g}"
     )
-    return Teacher(
-        samples.fingerprint, Teaching(section, n_samples=counts.n_samples), samples=samples
-    )
+    teaching = Teaching(section, None, counts.n_samples, counts.vocab_size)
+    return Teacher(samples.fingerprint, teaching, samples=samples)
 
 
 def find_read_sources(mixture: MixtureConfig, dataset: loader.PackedDataset) -> dict[str, str]:
