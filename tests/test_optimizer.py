@@ -17,6 +17,7 @@ from jaxpt import sharding
 from jaxpt.config import MeshConfig, OptimConfig
 from jaxpt.growth.apply import grow_params
 from jaxpt.growth.growth import Parent
+from jaxpt.growth.new_params import NewParams
 from jaxpt.growth.parse import plan_growth
 from jaxpt.model import transformer
 from jaxpt.plan import roofline
@@ -308,6 +309,45 @@ def test_an_update_is_skipped_bit_by_bit_in_the_form_of_cpus_and_of_others(is_go
     jax.tree.map(np.testing.assert_array_equal, *found)
     if not is_good:
         jax.tree.map(np.testing.assert_array_equal, found[1], before)
+
+
+def test_adafactor_updates_each_layer_of_a_stack_as_if_it_were_alone():
+    """optax would factor the layers' axis, which is the largest, and clip all layers as one."""
+    heads = {"n_heads": 32, "n_kv_heads": 32, "d_head": 34}
+    spec = SPEC.replace(n_layers=45, d_model=36, qkv_bias=True, **heads)
+    blocks = transformer.param_specs(spec)["blocks"]
+    is_factored = {"up": True, "attn_norm": False, "k_bias": False}
+    specs = {"blocks": {name: blocks[name] for name in is_factored}}
+    optim = OptimConfig(weight_decay=0, b1=0)
+    inputs = optimizer.OptimizerInputs(optim, specs, NewParams(), -1.0, 0, 0)
+    rng = np.random.default_rng(0)
+    first, second = (
+        {name: rng.standard_normal(blocks[name].shape, np.float32) for name in is_factored}
+        for _ in range(2)
+    )
+    for values in second.values():
+        values[44] *= 10  # clipped
+
+    def run(tx, *gradients):
+        opt_state = tx.init(gradients[0])
+        for grads in gradients:
+            updates, opt_state = tx.update(grads, opt_state, grads)
+        return updates
+
+    @jax.jit
+    def compare(first, second):
+        found = run(optimizer.make_adafactor(inputs), {"blocks": first}, {"blocks": second})
+        expected = {}
+        for name, factored in is_factored.items():
+            rms = optax.scale_by_factored_rms(factored, min_dim_size_to_factor=32)
+            alone = optax.chain(rms, optax.clip_by_block_rms(1.0))
+            layers = [run(alone, first[name][i], second[name][i]) for i in (0, 44)]
+            expected[name] = jnp.stack(layers)
+        return jax.tree.map(lambda x: x[jnp.array([0, 44])], found["blocks"]), expected
+
+    found, expected = compare(first, second)
+    for name in is_factored:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, err_msg=name)
 
 
 def test_an_optimizer_that_does_not_exist_is_named_with_those_that_do():

@@ -6,6 +6,7 @@ to the parameters.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import re
@@ -107,12 +108,22 @@ def make_muon(inputs: OptimizerInputs) -> optax.GradientTransformation:
 def make_adafactor(inputs: OptimizerInputs) -> optax.GradientTransformation:
     """Return Adafactor (1804.04235) with the rates and the decay of AdamW.
 
-    Mean squares are kept by row and by column. The mean of the updates is kept too, as in
-    2106.04560 (section 3.4), so that learning rates keep their meaning; b1 = 0 saves its memory.
+    Mean squares are kept by row and by column of each layer's matrices, and whole of norms and
+    biases. The mean of the updates is kept too, as in 2106.04560 (section 3.4), so that learning
+    rates keep their meaning; b1 = 0 saves its memory.
     """
-    rms = optax.scale_by_factored_rms(min_dim_size_to_factor=MIN_FACTORED)
+    specs = inputs.specs
+    depths = map_param_specs(find_depth, specs)
+    parts = []
+    for depth in sorted(set(jax.tree.leaves(depths))):
+        rms = optax.scale_by_factored_rms(depth >= 0, min_dim_size_to_factor=MIN_FACTORED)
+        for _ in range(depth):
+            rms = map_stacked(rms)
+        is_part = jax.tree.map(functools.partial(operator.eq, depth), depths)
+        parts.append(optax.masked(rms, is_part))
+    clip = optax.stateless(lambda updates, params: map_with_specs(clip_rms, specs, updates))
     mean = optax.ema(inputs.optim.b1) if inputs.optim.b1 else optax.identity()
-    return descend(optax.chain(rms, optax.clip_by_block_rms(1.0), mean), inputs)
+    return descend(optax.chain(*parts, clip, mean), inputs)
 
 
 # Name -> factory: the valid values of optim.name. A new optimizer is a function and its entry:
@@ -230,9 +241,8 @@ def scale_by_adam(inputs: OptimizerInputs) -> optax.GradientTransformation:
         count = state.count + 1
         mu = jax.tree.map(update_mu, updates, state.mu)
         nu = jax.tree.map(update_nu, updates, state.nu)
-        if (
-            inputs.optim.moment_dtype == "params"
-        ):  # packed ones are read and written by one loop anyway
+        # packed ones are read and written by one loop anyway
+        if inputs.optim.moment_dtype == "params":
             mu, nu = jax.lax.optimization_barrier((mu, nu))
         mu_scale = 1 / (1 - b1**count)
         mu_scale = mu_scale.astype(jnp.float32)
@@ -247,6 +257,30 @@ def scale_by_adam(inputs: OptimizerInputs) -> optax.GradientTransformation:
         return directions, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
+
+
+def find_depth(path: tuple[str, ...], param: ParamSpec) -> int:
+    """Return the stacked axes of a matrix; -1 for a norm or a bias, which is not factored."""
+    is_matrix = param.n_in > 0 or "vocab" in param.axes
+    return param.n_stacked if is_matrix else -1
+
+
+def map_stacked(rms: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Return optax's scale_by_factored_rms of weights with one more stacked axis, one by one.
+
+    It factors the two largest axes of an array, and of many layers one of these is the layer's.
+    """
+    axes = optax.FactoredState(cast(Any, None), 0, 0, 0)  # one count for all
+    init = jax.vmap(rms.init, out_axes=axes)
+    update = jax.vmap(rms.update, in_axes=(0, axes, 0), out_axes=(0, axes))
+    return optax.GradientTransformation(init, update)
+
+
+def clip_rms(param: ParamSpec, update: jax.Array) -> jax.Array:
+    """Return a weight's update, of each layer and expert with a root mean square of at most 1."""
+    dims = tuple(range(param.n_stacked, update.ndim))
+    mean_square = jnp.mean(update**2, dims, keepdims=True)
+    return update / jnp.maximum(jnp.sqrt(mean_square), 1)
 
 
 # ---- new parameters
