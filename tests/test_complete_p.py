@@ -112,14 +112,16 @@ def test_steps_equal_the_papers_table_with_multipliers_in_the_forward_pass(one, 
     assert expected[-1] < expected[0] - 0.05
 
 
-def test_initial_values_are_the_bases_times_what_the_table_says():
-    base = SPEC.replace(n_layers=2, d_model=8, d_ff=40 // 3, n_heads=2)
+@pytest.mark.parametrize("placement", ["pre", "post", "both"])
+def test_initial_values_are_the_bases_times_what_the_table_says(placement):
+    spec = SPEC.replace(norm_placement=placement)
+    base = spec.replace(n_layers=2, d_model=8, d_ff=40 // 3, n_heads=2)
     at_base = dict(list_param_specs(transformer.param_specs(base)))
-    for path, param in list_param_specs(transformer.param_specs(with_base(SPEC))):
+    for path, param in list_param_specs(transformer.param_specs(with_base(spec))):
         expected = at_base[path].init.std
         if path[-1] in MATRICES:
             expected *= WIDTH**-0.5
-        if path[-1] in WRITERS:
+        if path[-1] in WRITERS and placement == "pre":  # otherwise the norms after them write
             expected /= DEPTH
         if path == ("unembed",):
             expected /= WIDTH
@@ -129,7 +131,7 @@ def test_initial_values_are_the_bases_times_what_the_table_says():
 def test_the_base_itself_trains_as_without():
     specs = transformer.param_specs(with_base(SPEC, "3x24"))
     plain = transformer.param_specs(SPEC)
-    map_param_specs(lambda path, ours, theirs: same(path, ours, theirs), specs, plain)
+    map_param_specs(same, specs, plain)
 
 
 def same(path, ours, theirs):

@@ -75,7 +75,10 @@ def param_specs(spec: ModelSpec) -> ParamSpecs:
 def layer_params(spec: ModelSpec) -> dict[str, ParamSpec]:
     """Return the parameters of one layer."""
     # every layer writes twice into the residual: the sum of 2L writes keeps its size (GPT-2)
-    residual_scale = (2 * max(spec.n_layers, 1)) ** -0.5
+    n_layers = spec.n_layers
+    if spec.base_shape and spec.norm_placement != "pre":
+        n_layers = spec.base_shape.n_layers  # CompleteP scales the norms that write there instead
+    residual_scale = (2 * max(n_layers, 1)) ** -0.5
     params = {
         "attn_norm": residual_norm_scale(spec, "input_layernorm"),
         **attention.attention_params(spec, residual_scale),
