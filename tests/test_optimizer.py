@@ -407,6 +407,19 @@ def test_a_block_divides_the_last_axis_of_any_weight():
         assert low_precision.split_blocks(jnp.zeros((2, n))).shape == (2, n // block, block)
 
 
+def test_int8_moments_take_no_more_than_bfloat16_whatever_the_last_axis():
+    def pack(params):
+        packed = low_precision.pack_state(optax.TraceState(params), params, "int8", 0)
+        return packed, low_precision.unpack_state(packed)
+
+    for n, n_bytes in ((256, 1 + 4 / 256), (8, 1.5), (7, 2), (32_003, 2)):
+        params = {"w": jax.ShapeDtypeStruct((3, n), jnp.float32)}
+        packed, unpacked = jax.eval_shape(pack, params)
+        sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(packed)]
+        assert sum(sizes) == 3 * n * n_bytes
+        assert unpacked.trace == params
+
+
 def test_int8_moments_on_any_mesh_have_the_bits_of_one_device_and_sharded_scales(one):
     """The rounding does not depend on the mesh; scales are sharded where blocks allow it."""
     values = jax.random.normal(jax.random.key(0), (3, 16, 1024))

@@ -15,6 +15,7 @@ import optax
 from jaxpt.growth.moments import GRADIENT_POWERS, ITERATES, MomentPath, PathEntries, find_moment
 
 MAX_BLOCK = 256  # numbers that share a scale, at most: 4 / 256 bytes each (2110.02861 has 2,048)
+MIN_BLOCK = 8  # with fewer, as of 32,003 ids, scales and codes take as much as bfloat16 or more
 MAX_CODE = 127
 
 
@@ -59,7 +60,7 @@ def pack_state(state: Any, params: Any, dtype: str, n_updates: Any) -> PackedSta
     Args:
         state: the optimizer's.
         params: nested dict of arrays, or shapes, of the weights that train.
-        dtype: "bfloat16" or "int8".
+        dtype: "bfloat16" or "int8", which a moment has if its last axis has blocks of MIN_BLOCK.
         n_updates: the seed of the rounding.
     """
     weights = dict(jax.tree_util.tree_leaves_with_path(params))
@@ -69,7 +70,7 @@ def pack_state(state: Any, params: Any, dtype: str, n_updates: Any) -> PackedSta
         moment, scale = find_moment(path, leaf, weights), None
         if moment and moment.field not in ITERATES:
             bits = draw_bits(leaf.shape, n_updates, i)
-            if dtype == "bfloat16":
+            if dtype == "bfloat16" or find_block(leaf.shape) < MIN_BLOCK:
                 leaf = round_to_bfloat16(leaf, bits)
             else:
                 leaf, scale = encode_blocks(leaf, bits, find_power(path))
@@ -175,6 +176,9 @@ def code_to_size(code: jax.Array, power: int) -> jax.Array:
 
 def split_blocks(x: jax.Array) -> jax.Array:
     """Return [..., n] as [..., n_blocks, block], the largest equal blocks of at most MAX_BLOCK."""
-    n = x.shape[-1]
-    block = max(size for size in range(1, MAX_BLOCK + 1) if n % size == 0)
-    return x.reshape(*x.shape[:-1], n // block, block)
+    return x.reshape(*x.shape[:-1], -1, find_block(x.shape))
+
+
+def find_block(shape: tuple[int, ...]) -> int:
+    """Return the size of a block of an array: at most MAX_BLOCK, and it divides the last axis."""
+    return max(size for size in range(1, MAX_BLOCK + 1) if shape[-1] % size == 0)
