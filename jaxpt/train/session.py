@@ -221,9 +221,9 @@ class Session:
         """Log mesh, batch, data and the fast paths of the step."""
         mesh, train = self.run.mesh, self.run.config.train
         sizes = [f"{name} {size}" for name, size in mesh.shape.items() if size > 1]
-        shape = ", ".join(sizes) or "no sharding"
+        sharded = ", ".join(sizes) or "no sharding"
         kind = mesh.devices.flat[0].device_kind
-        log.info(f"mesh: {mesh.size} {kind} device{'s' if mesh.size > 1 else ''}, {shape}")
+        log.info(f"mesh: {mesh.size} {kind} device{'s' if mesh.size > 1 else ''}, {sharded}")
         for start, shape in shapes.list_shapes(self.run.config).items():
             when = f" after step {start:,}" if start else ""
             log.info(f"batch: {shape.batch_size} sequences x {shape.seq_len} tokens per step{when}")
