@@ -96,13 +96,13 @@ def measure_steps(n_rounds=12):
     params = transformer.init_params(spec, 1, mesh)
     kinds = {
         "none": (None, batch, ()),
-        "samples": (step.Teaching(knobs, None, 32, 4096), batch._replace(samples=samples), ()),
-        "a model of its size": (step.Teaching(knobs, spec), batch, (params,)),
+        "samples": (step.DistillSpec(knobs, None, 32, 4096), batch._replace(samples=samples), ()),
+        "a model of its size": (step.DistillSpec(knobs, spec), batch, (params,)),
     }
     runs = {}
-    for name, (teaching, given, more) in kinds.items():
+    for name, (distill_spec, given, more) in kinds.items():
         built = step.build_step(
-            spec, settings.train, settings.optim, seq_len, mesh, teaching=teaching
+            spec, settings.train, settings.optim, seq_len, mesh, distill_spec=distill_spec
         )
         student = transformer.init_params(spec, 0, mesh)
         now = state.init_state(student, spec, settings.optim, mesh)

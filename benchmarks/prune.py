@@ -177,9 +177,11 @@ class Experiment:
         )
         batch_size = self.setting.batch_size
         train = config.TrainConfig(steps=n_steps, batch_size=batch_size)
-        teaching = step.Teaching(DistillConfig("parent"), teacher[0]) if teacher else None
+        distill_spec = step.DistillSpec(DistillConfig("parent"), teacher[0]) if teacher else None
         more = (teacher[1],) if teacher else ()
-        run = step.build_step(spec, train, optim, self.seq_len, self.mesh, teaching=teaching)
+        run = step.build_step(
+            spec, train, optim, self.seq_len, self.mesh, distill_spec=distill_spec
+        )
         schedule = MixtureSchedule(MixtureConfig(), self.dataset.n_sequences, batch_size)
         batches = loader.iterate_batches(
             self.dataset,

@@ -209,7 +209,7 @@ def test_a_sampled_kl_is_over_the_ids_that_both_vocabularies_have(sampled, make_
     settings = make_config(distill__teacher=str(sampled))
     opened = teacher.open_samples(settings, loader.open_packed(settings.mixture.packed_paths))
     vocab_size = teacher_samples.SampleReader(sampled).counts.vocab_size
-    assert step.make_divergence(opened.teaching).teacher_vocab_size == vocab_size
+    assert step.make_divergence(opened.distill_spec).teacher_vocab_size == vocab_size
 
 
 def test_no_token_is_drawn_more_than_once_off_its_share():
@@ -228,7 +228,7 @@ def test_no_token_is_drawn_more_than_once_off_its_share():
 # ---- the step
 
 TEACHER = test_train.SPEC.replace(n_layers=2, d_model=40, d_ff=56, n_heads=4)
-TEACHING = step.Teaching(DistillConfig("a teacher", (0.9, 0.5)), TEACHER)
+DISTILL_SPEC = step.DistillSpec(DistillConfig("a teacher", (0.9, 0.5)), TEACHER)
 
 
 def make_samples(batch, n_samples=3, seed=0):
@@ -240,20 +240,22 @@ def make_samples(batch, n_samples=3, seed=0):
     )
 
 
-def train(mesh, n=3, teaching=TEACHING, **knobs):
+def train(mesh, n=3, distill_spec=DISTILL_SPEC, **knobs):
     """n steps of a student; returns each step's scalars, the last state, the step, the teacher."""
     settings = test_train.SETTINGS
     knobs = dataclasses.replace(settings.train, **knobs)
-    run = step.build_step(test_train.SPEC, knobs, settings.optim, 32, mesh, teaching=teaching)
+    run = step.build_step(
+        test_train.SPEC, knobs, settings.optim, 32, mesh, distill_spec=distill_spec
+    )
     now = test_train.make_state(mesh)
     more = ()
-    if teaching.spec:
+    if distill_spec.teacher:
         params = test_train.initial_params(TEACHER)
         more = (jax.device_put(params, transformer.make_param_shardings(TEACHER, mesh)),)
     found = []
     for i in range(n):
         batch = test_train.make_batch(i)
-        batch = batch if teaching.spec else make_samples(batch)
+        batch = batch if distill_spec.teacher else make_samples(batch)
         now, scalars = run(now, test_train.put(batch, mesh), *more)
         found.append({name: float(scalars[name]) for name in ("loss", "kl", "alpha", "grad_norm")})
     assert run._cache_size() == 1
@@ -276,7 +278,8 @@ def test_a_teacher_keeps_its_bits_while_its_student_comes_nearer(alone):
 
 def test_the_weight_of_the_kl_arrives_at_its_last_value_and_stays():
     alphas = [
-        float(step.make_lesson(TEACHING, jnp.int32(done), 12, None).alpha) for done in (0, 11, 12)
+        float(step.make_loss_inputs(DISTILL_SPEC, jnp.int32(done), 12, None).alpha)
+        for done in (0, 11, 12)
     ]
     assert alphas == pytest.approx([0.9, 0.5, 0.5])
 
@@ -284,17 +287,17 @@ def test_the_weight_of_the_kl_arrives_at_its_last_value_and_stays():
 @pytest.mark.slow
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_student_learns_alike_on_any_mesh_and_micro_batch(one, alone, sampled):
-    teaching = TEACHING._replace(spec=None, n_samples=3) if sampled else TEACHING
-    expected, _, _ = train(one, teaching=teaching) if sampled else alone
+    distill_spec = DISTILL_SPEC._replace(teacher=None, n_samples=3) if sampled else DISTILL_SPEC
+    expected, _, _ = train(one, distill_spec=distill_spec) if sampled else alone
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2, context=2))
-    found, _, _ = train(mesh, teaching=teaching, grad_accum_steps=2)
+    found, _, _ = train(mesh, distill_spec=distill_spec, grad_accum_steps=2)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=3e-5)
 
 
 def test_at_weight_0_a_teacher_changes_nothing(one):
-    silent = TEACHING._replace(config=DistillConfig("a teacher", (0.0, 0.0)))
-    found, now, _ = train(one, n=2, teaching=silent)
+    silent = DISTILL_SPEC._replace(config=DistillConfig("a teacher", (0.0, 0.0)))
+    found, now, _ = train(one, n=2, distill_spec=silent)
     losses, alone, _ = test_train.train(one, n=2)
     np.testing.assert_allclose([scalars["loss"] for scalars in found], losses, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), now.params, alone.params)

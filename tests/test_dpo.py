@@ -85,7 +85,9 @@ def test_loss_and_gradients_equal_trl(one, tmp_path, n_micro_batches):
     expected.backward()
     settings = TrainConfig(batch_size=3, grad_accum_steps=n_micro_batches, dpo_beta=BETA)
     gradients = step.make_gradient_function(SPEC, settings, 64, one)
-    grads, loss_sum, side = jax.jit(gradients)(models[0], lay_out(pairs), models[1])
+    grads, loss_sum, side = jax.jit(gradients)(
+        models[0], lay_out(pairs), step.LossInputs(models[1])
+    )
     assert float(loss_sum) / 6 == pytest.approx(float(expected), rel=1e-4)
     assert float(side.scalars["dpo_margin"]) / 6 == pytest.approx(BETA * np.mean(margins), rel=1e-3)
     assert float(side.scalars["dpo_accuracy"]) == sum(margin > 0 for margin in margins)

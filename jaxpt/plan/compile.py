@@ -179,10 +179,10 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
     kept = (abstract_state.opt_state, abstract_state.average)
     opt_state_bytes = count_bytes_per_device(kept)
     state_bytes = params_bytes + opt_state_bytes
-    teaching = cost.resolve_teaching(settings)
-    if teaching and teaching.spec:
-        estimate = roofline.add_teacher(estimate, teaching.spec, train, seq_len)
-        teacher_bytes = count_bytes_per_device(make_abstract_teacher(teaching, train, mesh))
+    distill_spec = cost.resolve_distill_spec(settings)
+    if distill_spec and distill_spec.teacher:
+        estimate = roofline.add_teacher(estimate, distill_spec.teacher, train, seq_len)
+        teacher_bytes = count_bytes_per_device(make_abstract_teacher(distill_spec, train, mesh))
         estimate = dataclasses.replace(estimate, teacher_bytes=teacher_bytes)
     restore_bytes = state_bytes + estimate.teacher_bytes
     analysis = dataclasses.replace(
@@ -209,19 +209,21 @@ def trace_step(spec: ModelSpec, settings: Config, mesh: Mesh) -> Any:
     train, optim, seq_len = settings.train, settings.optim, settings.pack.seq_len
     dtype = settings.initialize.param_dtype
     abstract_state = state.make_abstract_state(spec, optim, mesh, dtype)
-    teaching = cost.resolve_teaching(settings)
-    abstract_batch = step.make_abstract_batch(train.batch_size, seq_len, mesh, teaching)
-    built = step.build_step(spec, train, optim, seq_len, mesh, teaching=teaching)
-    if not teaching or not teaching.spec:
+    distill_spec = cost.resolve_distill_spec(settings)
+    abstract_batch = step.make_abstract_batch(train.batch_size, seq_len, mesh, distill_spec)
+    built = step.build_step(spec, train, optim, seq_len, mesh, distill_spec=distill_spec)
+    if not distill_spec or not distill_spec.teacher:
         return built.trace(abstract_state, abstract_batch)
-    teacher = make_abstract_teacher(teaching, train, mesh)
+    teacher = make_abstract_teacher(distill_spec, train, mesh)
     return built.trace(abstract_state, abstract_batch, teacher)
 
 
-def make_abstract_teacher(teaching: step.Teaching, train: config.TrainConfig, mesh: Mesh) -> Any:
+def make_abstract_teacher(
+    distill_spec: step.DistillSpec, train: config.TrainConfig, mesh: Mesh
+) -> Any:
     """Return a teacher's parameters as ShapeDtypeStructs with shardings."""
-    assert teaching.spec
-    return transformer.make_abstract_params(teaching.spec, mesh, train.compute_dtype)
+    assert distill_spec.teacher
+    return transformer.make_abstract_params(distill_spec.teacher, mesh, train.compute_dtype)
 
 
 def make_target_devices(target: Target, missing: str | None) -> Sequence[Any]:

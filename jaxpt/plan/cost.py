@@ -19,7 +19,7 @@ from jaxpt.plan.roofline import LayerCollectives, StepAnalysis
 from jaxpt.spec import ModelSpec, Record, UserError
 from jaxpt.stage import read_spec
 from jaxpt.train import teacher
-from jaxpt.train.step import Teaching
+from jaxpt.train.step import DistillSpec
 from jaxpt.weights import checkpoint, hub, huggingface
 from jaxpt.weights.load import find_base
 from jaxpt.xla_settings import choose_variables, format_variables
@@ -128,7 +128,7 @@ def resolve_model_spec(settings: Config) -> tuple[ModelSpec, list[str]]:
     return spec.replace(lora=initialize.make_lora_spec(settings.lora, spec)), notes
 
 
-def resolve_teaching(settings: Config) -> Teaching | None:
+def resolve_distill_spec(settings: Config) -> DistillSpec | None:
     """Return how a run of this config learns from a teacher, of which the sizes alone are read."""
     section = settings.distill
     if not section.teacher:
@@ -136,8 +136,8 @@ def resolve_teaching(settings: Config) -> Teaching | None:
     try:
         if teacher.is_sampled(section.teacher):
             counts = SampleReader(section.teacher).counts
-            return Teaching(section, None, counts.n_samples, counts.vocab_size)
-        return Teaching(section, read_source_spec(section.teacher))
+            return DistillSpec(section, None, counts.n_samples, counts.vocab_size)
+        return DistillSpec(section, read_source_spec(section.teacher))
     except UserError as error:
         raise UserError(f"distill.teacher: {error}") from None
 

@@ -190,8 +190,8 @@ def list_layouts(spec: ModelSpec, settings: Config, target: Target) -> list[Layo
     # axes that the config leaves open stay open: one recipe for any number of devices
     open_axes = {axis: -1 for axis, size in sizes.items() if size == -1}
     state = roofline.count_state_bytes(spec, settings.optim, settings.initialize.param_dtype)
-    teaching = cost.resolve_teaching(settings)
-    teacher = teaching.spec if teaching else None
+    distill_spec = cost.resolve_distill_spec(settings)
+    teacher = distill_spec.teacher if distill_spec else None
     models = [model for model in (spec, teacher) if model]
     layouts = []
     for mesh in iterate_meshes(spec, seq_len, target):

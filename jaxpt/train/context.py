@@ -20,7 +20,7 @@ from jaxpt.sharding import check_batch_divides
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.text import name_some
 from jaxpt.train import gate, optimizer, shapes, webhook, writers
-from jaxpt.train.step import Teaching
+from jaxpt.train.step import DistillSpec
 from jaxpt.train.teacher import Teacher, open_teacher
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ class RunContext:
     lock: io.Lock | None = None
 
     @property
-    def teaching(self) -> Teaching | None:
+    def distill_spec(self) -> DistillSpec | None:
         """How a step learns from the teacher, if there is one."""
-        return self.teacher.teaching if self.teacher else None
+        return self.teacher.distill_spec if self.teacher else None
 
     def estimate_cost(self, spec: ModelSpec, seq_len: int) -> DeviceCost:
         """Return what a device costs and can do for a model and the teacher's forward pass."""

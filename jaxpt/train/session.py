@@ -335,11 +335,11 @@ class Session:
         if shape not in self.compiled:
             train, optim = self.train_settings(shape), run.config.optim
             built = step.build_step(
-                self.spec, train, optim, shape.seq_len, run.mesh, self.new_params, run.teaching
+                self.spec, train, optim, shape.seq_len, run.mesh, self.new_params, run.distill_spec
             )
             teacher_model = run.teacher.model if run.teacher else None
-            beside = teacher_model.params if teacher_model else self.reference
-            more = () if beside is None else (beside,)
+            frozen_params = teacher_model.params if teacher_model else self.reference
+            more = () if frozen_params is None else (frozen_params,)
             abstract = self.make_abstract_state(), self.make_abstract_batch(shape)
             compiled = built.lower(*abstract, *more).compile()
             self.compiled[shape] = lambda state, batch: compiled(state, batch, *more)
@@ -362,7 +362,7 @@ class Session:
 
     def make_abstract_batch(self, shape: StepShape) -> Batch:
         """Return a batch as ShapeDtypeStructs with shardings."""
-        return step.make_abstract_batch(*shape, self.run.mesh, self.run.teaching)
+        return step.make_abstract_batch(*shape, self.run.mesh, self.run.distill_spec)
 
     def open_logs(self) -> None:
         """Write what the run directory tells of its run, and open the metrics."""

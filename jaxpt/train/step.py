@@ -50,32 +50,37 @@ CPU_FLOPS = 1e11  # FLOP/s that a small model reaches on two cores
 # What a step reports: float32 scalars by name, `n_skipped` and `consecutive_skips` int32. A further
 # one needs no other line: it is logged, stored and plotted under its name.
 Scalars = dict[str, jax.Array]
-# (params, batch, beside) -> (gradients of the summed loss, its sum in nats, side sums); beside is a
-# Lesson, or the parameters of the reference of DPO
+# (params, batch, LossInputs) -> (gradients of the summed loss, its sum in nats, side sums)
 GradientFunction = Callable[..., tuple[Params, jax.Array, SideOutputs]]
 
 
-class Teaching(NamedTuple):
+class DistillSpec(NamedTuple):
     """How a step learns from a teacher.
 
     Attributes:
         config: of the loss.
-        spec: the teacher's; None: the batches bring its samples.
+        teacher: its architecture; None: the batches bring its samples.
         n_samples: per position of those.
         vocab_size: of the teacher that was sampled.
     """
 
     config: DistillConfig
-    spec: ModelSpec | None = None
+    teacher: ModelSpec | None = None
     n_samples: int = 0
     vocab_size: int | None = None
 
 
-class Lesson(NamedTuple):
-    """What a step takes of its teacher beside the batch: the KL's weight, its parameters."""
+class LossInputs(NamedTuple):
+    """What the loss reads beside the model and the batch.
 
-    alpha: jax.Array
-    params: Params | None
+    Attributes:
+        frozen_params: of the teacher, or of DPO's reference; None: there is none, or it is the base
+            without adapters.
+        alpha: weight of the KL to the teacher, float32 scalar; None without a teacher.
+    """
+
+    frozen_params: Params | None = None
+    alpha: Any = None
 
 
 def build_step(
@@ -85,7 +90,7 @@ def build_step(
     seq_len: int,
     mesh: Mesh,
     new_params: NewParams = NewParams(),
-    teaching: Teaching | None = None,
+    distill_spec: DistillSpec | None = None,
 ) -> Any:
     """Return the jitted step(state, batch) -> (state, Scalars).
 
@@ -99,18 +104,18 @@ def build_step(
         seq_len: of a batch, in tokens.
         mesh: the devices.
         new_params: what the last growth added, for multipliers of old and new and re-warmup.
-        teaching: by a teacher, if there is one.
+        distill_spec: of the teacher, if there is one.
 
     Raises:
         UserError: the settings do not work on this mesh.
     """
-    sum_gradients = make_gradient_function(spec, train, seq_len, mesh, teaching)
+    sum_gradients = make_gradient_function(spec, train, seq_len, mesh, distill_spec)
     update = make_update_function(spec, optim, train, new_params, mesh)
 
-    def step(state: TrainState, batch: Batch, other: Params | None = None) -> Any:
-        lesson = make_lesson(teaching, state.step, train.steps, other)
+    def step(state: TrainState, batch: Batch, frozen_params: Params | None = None) -> Any:
+        loss_inputs = make_loss_inputs(distill_spec, state.step, train.steps, frozen_params)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            grads, loss_sum, side = sum_gradients(state.params, batch, lesson or other)
+            grads, loss_sum, side = sum_gradients(state.params, batch, loss_inputs)
         n_targets = count_targets(train, batch)
         multipliers = optimizer.lr_multiplier_tree(optim, spec, new_params)
         if multipliers:  # frozen weights are left out of the gradient norm too
@@ -132,18 +137,18 @@ def build_step(
             "lr": lr,
             "n_skipped": skips.n_skipped,  # since step 0
             "consecutive_skips": skips.consecutive_skips,  # this step included
-            **report_layers(side, params, per_token, lesson),
+            **report_layers(side, params, per_token, loss_inputs.alpha),
         }
         return TrainState(state.step + 1, params, opt_state, skips, average), scalars
 
-    others = list_other_shardings(spec, train, teaching, mesh)
-    return jit_step(step, make_abstract_state(spec, optim, mesh), others, mesh)
+    frozen = list_frozen_shardings(spec, train, distill_spec, mesh)
+    return jit_step(step, make_abstract_state(spec, optim, mesh), frozen, mesh)
 
 
-def jit_step(step: Callable, abstract: TrainState, others: list[Any], mesh: Mesh) -> Any:
-    """Return the step, jitted with the shardings of its state and other arguments."""
+def jit_step(step: Callable, abstract: TrainState, frozen: list[Any], mesh: Mesh) -> Any:
+    """Return the step, jitted with the shardings of its state and of frozen parameters."""
     in_state = state_shardings(abstract)
-    in_shardings = (in_state, make_batch_sharding(mesh), *others)
+    in_shardings = (in_state, make_batch_sharding(mesh), *frozen)
     out = (in_state, make_replicated_sharding(mesh))
     return jax.jit(step, in_shardings=in_shardings, out_shardings=out, donate_argnums=0)
 
@@ -169,18 +174,18 @@ def has_reference_params(train: TrainConfig, spec: ModelSpec) -> bool:
 
 
 def count_targets(train: TrainConfig, batch: Batch) -> jax.Array:
-    """Return by what the summed loss of a batch is divided: its targets, or its pairs."""
+    """Return the divisor of a batch's summed loss: its targets, or its pairs."""
     return jnp.sum(dpo.find_pairs(batch) if train.dpo_beta else batch.loss_mask)
 
 
-def list_other_shardings(
-    spec: ModelSpec, train: TrainConfig, teaching: Teaching | None, mesh: Mesh
+def list_frozen_shardings(
+    spec: ModelSpec, train: TrainConfig, distill_spec: DistillSpec | None, mesh: Mesh
 ) -> list[Any]:
     """Return the shardings of the teacher's or the reference's parameters, if they are given."""
-    other = spec if has_reference_params(train, spec) else None
-    if teaching:
-        other = teaching.spec
-    return [transformer.make_param_shardings(other, mesh)] if other else []
+    frozen = spec if has_reference_params(train, spec) else None
+    if distill_spec:
+        frozen = distill_spec.teacher
+    return [transformer.make_param_shardings(frozen, mesh)] if frozen else []
 
 
 def compute_scale(optim: OptimConfig, per_token: jax.Array, grad_norm: jax.Array) -> jax.Array:
@@ -191,24 +196,24 @@ def compute_scale(optim: OptimConfig, per_token: jax.Array, grad_norm: jax.Array
     return scale
 
 
-def make_lesson(
-    teaching: Teaching | None, step: jax.Array, n_steps: int, teacher: Params | None
-) -> Lesson | None:
-    """Return what the step after `step` others takes of the teacher; None without one."""
-    if teaching is None:
-        return None
-    first, last = teaching.config.alpha
+def make_loss_inputs(
+    distill_spec: DistillSpec | None, step: jax.Array, n_steps: int, frozen_params: Params | None
+) -> LossInputs:
+    """Return what the loss reads in the step after `step` others."""
+    if distill_spec is None:
+        return LossInputs(frozen_params)
+    first, last = distill_spec.config.alpha
     done = jnp.minimum(step / max(n_steps - 1, 1), 1)
-    return Lesson(first + (last - first) * done, teacher)
+    return LossInputs(frozen_params, first + (last - first) * done)
 
 
 def report_layers(
-    side: SideOutputs, params: Params, per_token: jax.Array, lesson: Lesson | None
+    side: SideOutputs, params: Params, per_token: jax.Array, alpha: jax.Array | None
 ) -> Scalars:
     """Return what the layers' feed-forward parts and the teacher report, given their side sums."""
     scalars = {name: per_token * total for name, total in side.scalars.items()}
-    if lesson:
-        scalars["alpha"] = lesson.alpha  # weight of the KL
+    if alpha is not None:
+        scalars["alpha"] = alpha  # weight of the KL
     if side.loads is not None:
         scalars |= moe.measure_routers(params["blocks"], side.loads)
     return scalars
@@ -297,9 +302,13 @@ def drop_frozen(grad: jax.Array, multiplier: jax.Array) -> jax.Array:
 
 
 def make_gradient_function(
-    spec: ModelSpec, train: TrainConfig, seq_len: int, mesh: Mesh, teaching: Teaching | None = None
+    spec: ModelSpec,
+    train: TrainConfig,
+    seq_len: int,
+    mesh: Mesh,
+    distill_spec: DistillSpec | None = None,
 ) -> GradientFunction:
-    """Return a function of (params, batch, beside) -> (gradients of the summed loss, sum, sides).
+    """Return a function of (params, batch, LossInputs) -> (summed loss's gradients, sum, sides).
 
     Gradients are of the parameters that train. The sum is of the cross-entropy, in nats. The side
     sums are what the feed-forward parts and the loss report. Scalars are times the
@@ -318,14 +327,14 @@ def make_gradient_function(
     if train.dpo_beta:
         measure = make_pair_loss(spec, train.dpo_beta, run_model, loss_knobs)
     else:
-        measure = make_loss_function(train, seq_len, mesh, unroll, loss_knobs, teaching)
+        measure = make_loss_function(train, seq_len, mesh, unroll, loss_knobs, distill_spec)
 
     def sum_losses(
-        trained: Params, params: Params, batch: Batch, beside: Any
+        trained: Params, params: Params, batch: Batch, loss_inputs: LossInputs
     ) -> tuple[jax.Array, tuple[jax.Array, SideOutputs]]:
         params = replace_subtree(params, trained)
         hidden, head, side = run_model(spec, params, batch)
-        objective, loss_sum, reported = measure(hidden, head, params, batch, beside)
+        objective, loss_sum, reported = measure(hidden, head, params, batch, loss_inputs)
         n_targets = count_targets(train, batch)
         if side.losses:
             objective += n_targets * sum(side.losses.values())
@@ -335,10 +344,10 @@ def make_gradient_function(
     differentiate = jax.value_and_grad(sum_losses, has_aux=True)
 
     def sum_gradients(
-        params: Params, batch: Batch, beside: Any = None
+        params: Params, batch: Batch, loss_inputs: LossInputs = LossInputs()
     ) -> tuple[Params, jax.Array, SideOutputs]:
         trained = select_trained(spec, params)
-        (_, (loss_sum, side)), grads = differentiate(trained, params, batch, beside)
+        (_, (loss_sum, side)), grads = differentiate(trained, params, batch, loss_inputs)
         return grads, loss_sum, side
 
     if train.grad_accum_steps == 1:
@@ -365,7 +374,7 @@ def make_model_function(
 def make_pair_loss(
     spec: ModelSpec, beta: float, run_model: Callable, loss_knobs: tuple[float, int, float | None]
 ) -> Callable[..., tuple[jax.Array, jax.Array, Scalars]]:
-    """Return a function of (hidden, head, params, batch, reference) -> DPO's sums, as other losses.
+    """Return a function of (hidden, head, params, batch, LossInputs) -> sums of DPO, as others'.
 
     The default of the reference is the base without adapters.
     """
@@ -373,8 +382,9 @@ def make_pair_loss(
     base = spec.replace(lora=None)
 
     def pair_loss(
-        hidden: jax.Array, head: jax.Array, params: Params, batch: Batch, reference: Params | None
+        hidden: jax.Array, head: jax.Array, params: Params, batch: Batch, loss_inputs: LossInputs
     ) -> tuple[jax.Array, jax.Array, Scalars]:
+        reference = loss_inputs.frozen_params
         if reference is None:
             reference = subtree_like(transformer.param_specs(base), params)
         expected, its_head, _ = run_model(base, reference, batch)
@@ -397,9 +407,9 @@ def make_loss_function(
     mesh: Mesh,
     unroll: int,
     loss_knobs: tuple[float, int, float | None],
-    teaching: Teaching | None,
+    distill_spec: DistillSpec | None,
 ) -> Callable[..., tuple[jax.Array, jax.Array, Scalars]]:
-    """Return a function of (hidden, head, params, batch, lesson) -> sums: objective, nats, others.
+    """Return a function of (hidden, head, params, batch, LossInputs) -> objective, nats, others.
 
     Args:
         train: the training loop's knobs.
@@ -407,27 +417,27 @@ def make_loss_function(
         mesh: the devices.
         unroll: layers that the model runs per turn of a loop.
         loss_knobs: weight of the z-loss, tokens per chunk, softcap of the logits.
-        teaching: by a teacher, if there is one.
+        distill_spec: of the teacher, if there is one.
     """
 
     def cross_entropy(
-        hidden: jax.Array, head: jax.Array, params: Params, batch: Batch, _: None
+        hidden: jax.Array, head: jax.Array, params: Params, batch: Batch, _: LossInputs
     ) -> Any:
         targets = batch.targets, batch.loss_mask
         return *loss.cross_entropy(hidden, head, *targets, *loss_knobs), {}
 
-    if teaching is None:
+    if distill_spec is None:
         return cross_entropy
-    run_teacher = make_teacher_function(teaching, train, seq_len, mesh, unroll)
-    divergence = make_divergence(teaching)
+    run_teacher = make_teacher_function(distill_spec, train, seq_len, mesh, unroll)
+    divergence = make_divergence(distill_spec)
 
     def distillation_loss(
-        hidden: jax.Array, head: jax.Array, params: Params, batch: Batch, lesson: Lesson
+        hidden: jax.Array, head: jax.Array, params: Params, batch: Batch, loss_inputs: LossInputs
     ) -> Any:
-        teacher = run_teacher(batch, lesson.params)
+        teacher = run_teacher(batch, loss_inputs.frozen_params)
         targets = batch.targets, batch.loss_mask
         *sums, kl_sum = distill.distillation_loss(
-            hidden, head, *targets, teacher, lesson.alpha, divergence, *loss_knobs
+            hidden, head, *targets, teacher, loss_inputs.alpha, divergence, *loss_knobs
         )
         return *sums, {"kl": kl_sum}
 
@@ -435,10 +445,10 @@ def make_loss_function(
 
 
 def make_teacher_function(
-    teaching: Teaching, train: TrainConfig, seq_len: int, mesh: Mesh, unroll: int
+    distill_spec: DistillSpec, train: TrainConfig, seq_len: int, mesh: Mesh, unroll: int
 ) -> Callable[..., tuple[jax.Array, jax.Array] | TeacherSamples]:
     """Return a function of (batch, params) -> the teacher's hidden states and head, or samples."""
-    spec, dtype = teaching.spec, jnp.dtype(train.compute_dtype)
+    spec, dtype = distill_spec.teacher, jnp.dtype(train.compute_dtype)
     if spec is None:
 
         def take_samples(batch: Batch, _: None) -> TeacherSamples:
@@ -459,12 +469,12 @@ def make_teacher_function(
     return run
 
 
-def make_divergence(teaching: Teaching) -> distill.Divergence:
+def make_divergence(distill_spec: DistillSpec) -> distill.Divergence:
     """Return which KL a run takes."""
-    knobs, spec = teaching.config, teaching.spec
+    knobs, spec = distill_spec.config, distill_spec.teacher
     softcap = spec.logit_softcap if spec else None
     is_reverse = knobs.direction == "reverse"
-    return distill.Divergence(knobs.temperature, is_reverse, softcap, teaching.vocab_size)
+    return distill.Divergence(knobs.temperature, is_reverse, softcap, distill_spec.vocab_size)
 
 
 def choose_unroll(spec: ModelSpec, train: TrainConfig, seq_len: int) -> int:
@@ -489,10 +499,10 @@ def accumulate_gradients(
     """Return a function that runs `sum_gradients` on one micro-batch after the other."""
 
     def accumulate(
-        params: Params, batch: Batch, beside: Any = None
+        params: Params, batch: Batch, loss_inputs: LossInputs = LossInputs()
     ) -> tuple[Params, jax.Array, SideOutputs]:
         def add(sums: Any, micro_batch: Batch) -> tuple[Any, SideOutputs]:
-            grads, loss_sum, side = sum_gradients(params, micro_batch, beside)
+            grads, loss_sum, side = sum_gradients(params, micro_batch, loss_inputs)
             return jax.tree.map(jnp.add, sums, (grads, loss_sum)), side
 
         trained = select_trained(spec, params)
@@ -602,7 +612,7 @@ def split_micro_batches(batch: Batch, k: int) -> Batch:
 
 
 def make_abstract_batch(
-    batch_size: int, seq_len: int, mesh: Mesh, teaching: Teaching | None = None
+    batch_size: int, seq_len: int, mesh: Mesh, distill_spec: DistillSpec | None = None
 ) -> Batch:
     """Return a batch as ShapeDtypeStructs with shardings, for compiling without data."""
     shape = (batch_size, seq_len)
@@ -610,8 +620,8 @@ def make_abstract_batch(
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
     numbers = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
     samples = None
-    if teaching and not teaching.spec:
-        drawn = (*shape, teaching.n_samples)
+    if distill_spec and not distill_spec.teacher:
+        drawn = (*shape, distill_spec.n_samples)
         drawn_ids = jax.ShapeDtypeStruct(drawn, jnp.int32, sharding=sharding)
         samples = TeacherSamples(drawn_ids, numbers)
     return Batch(ids, ids, ids, ids, numbers, samples)

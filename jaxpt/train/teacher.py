@@ -15,7 +15,7 @@ from jaxpt.flops import DeviceCost, count_forward_flops_per_token
 from jaxpt.initialize import describe_model
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train import gate
-from jaxpt.train.step import Teaching
+from jaxpt.train.step import DistillSpec
 from jaxpt.weights import hub
 from jaxpt.weights.load import LoadedModel, list_sources, load_model
 
@@ -27,13 +27,13 @@ class Teacher(NamedTuple):
 
     Attributes:
         fingerprint: of its files.
-        teaching: how a step learns from it.
+        distill_spec: how a step learns from it.
         model: on the run's mesh, in the dtype of its matmuls; None: samples.
         samples: of another time; None: a model.
     """
 
     fingerprint: str
-    teaching: Teaching
+    distill_spec: DistillSpec
     model: LoadedModel | None = None
     samples: SampleReader | None = None
 
@@ -97,7 +97,7 @@ def open_teacher(
     model = load_teacher(section.teacher, config.train.compute_dtype, dataset, mesh)
     found = list_inputs(section).values()
     fingerprint = stage.fingerprint(list(map(stage.fingerprint_path, found)))
-    return Teacher(fingerprint, Teaching(section, model.spec), model)
+    return Teacher(fingerprint, DistillSpec(section, model.spec), model)
 
 
 def is_sampled(source: str) -> bool:
@@ -171,8 +171,8 @@ def open_samples(config: Config, dataset: loader.PackedDataset) -> Teacher:
         f"teacher: {section.teacher}: {counts.n_samples} samples per token at temperature "
         f"{counts.temperature:g}"
     )
-    teaching = Teaching(section, None, counts.n_samples, counts.vocab_size)
-    return Teacher(samples.fingerprint, teaching, samples=samples)
+    distill_spec = DistillSpec(section, None, counts.n_samples, counts.vocab_size)
+    return Teacher(samples.fingerprint, distill_spec, samples=samples)
 
 
 def find_read_sources(mixture: MixtureConfig, dataset: loader.PackedDataset) -> dict[str, str]:
@@ -190,7 +190,7 @@ def check_vocabulary(teacher: Teacher | None, spec: ModelSpec) -> None:
     vocab_size = teacher.samples.counts.vocab_size
     if vocab_size > spec.vocab_size:
         raise UserError(
-            f"distill.teacher: {teacher.teaching.config.teacher} has samples of ids up to "
+            f"distill.teacher: {teacher.distill_spec.config.teacher} has samples of ids up to "
             f"{vocab_size - 1:,}, and the model {spec.vocab_size:,} embedding rows. Name the "
             "teacher itself, whose further ids are left out."
         )
