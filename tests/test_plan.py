@@ -1371,6 +1371,17 @@ def test_a_plan_is_checked_by_the_steps_of_todays_batch_and_devices(tmp_path):
     assert [speed.step_seconds for speed in check.list_speeds(run, devices)] == [0.02] * 3
 
 
+def test_a_plan_is_checked_by_the_steps_of_the_planned_shape_alone(tmp_path):
+    """Shorter sequences with as many tokens per step take another time."""
+    shapes = ((0, 24, 10), (15, 12, 20), (45, 24, 10))
+    train = dataclasses.replace(SMALL.train, shape_schedule=shapes)
+    path = run_directory(tmp_path / "run", dataclasses.replace(SMALL, train=train), 0.02, 3e8)
+    run = check.read_run(path, "--check")
+    assert run.tokens_per_step == 240 and run.settings.pack.seq_len == 20
+    speeds = check.list_speeds(run, check.read_devices(run))
+    assert len(speeds) == 2  # of records after 10, 20, ... 50 steps those after 30 and 40
+
+
 def test_ones_own_runs_replace_law_and_gain(tmp_path):
     """A run from scratch by a known law, and one that was stacked and needs 40 % of its tokens."""
     tokens_per_step = 12 * 20
