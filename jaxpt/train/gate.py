@@ -414,8 +414,8 @@ def estimate_bits_per_byte(
     """Estimate likelihood.measure_bits_per_byte: nats of a few sequences' text x tokens per byte.
 
     The manifest counts text tokens and, per document, an end and (where the tokenizer has one) a
-    beginning of sequence. Its bytes include what pack.method course drops at the end of a source:
-    less than one sequence.
+    beginning of sequence; a pair is two documents. Its bytes include what pack.method course drops
+    at the end of a source: less than one sequence.
     """
     batch = heldout.read_small_batch(name)
     special = heldout.dataset.special_tokens
@@ -423,11 +423,11 @@ def estimate_bits_per_byte(
     text_only = batch._replace(loss_mask=batch.loss_mask * is_text)
     counts = heldout.dataset.counts[name]
     first_token = heldout.dataset.read_sequence(name, 0).tokens[0]
-    n_special = counts.n_documents
+    n_special = counts.n_documents + counts.n_pairs
     if first_token == special.bos_id:
         n_special *= 2
     n_tokens = counts.n_tokens - n_special
-    tokens_per_byte = n_tokens / counts.n_text_bytes
+    tokens_per_byte = n_tokens / (counts.n_text_bytes + counts.n_rejected_bytes)
     dtype = heldout.compute_dtype
     nats = diagnosis.measure_nats_per_token(spec, params, text_only, dtype)
     return nats / math.log(2) * tokens_per_byte
