@@ -19,8 +19,8 @@ from jaxpt.growth.growth import ReadBatches
 from jaxpt.sharding import check_batch_divides
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.text import name_some
-from jaxpt.train import gate, optimizer, shapes, webhook, writers
-from jaxpt.train.step import Teaching
+from jaxpt.train import average, gate, optimizer, shapes, webhook, writers
+from jaxpt.train.step import Teaching, find_frozen_spec
 from jaxpt.train.teacher import Teacher, open_teacher
 
 if TYPE_CHECKING:
@@ -74,9 +74,10 @@ class RunContext:
         return self.teacher.teaching if self.teacher else None
 
     def estimate_cost(self, spec: ModelSpec, seq_len: int) -> DeviceCost:
-        """Return what a device costs and can do for a model and the teacher's forward pass."""
+        """Return what a device costs and can do for a model, frozen ones included."""
         cost = self.estimate_device_cost(spec, seq_len)
-        return self.teacher.add_cost(cost, seq_len) if self.teacher else cost
+        frozen = find_frozen_spec(spec, self.config.train, self.teaching)
+        return cost.add_forward(frozen, seq_len) if frozen else cost
 
 
 def open_run(

@@ -167,6 +167,15 @@ def has_reference_params(train: TrainConfig, spec: ModelSpec) -> bool:
     return train.dpo_beta > 0 and not spec.lora
 
 
+def find_frozen_spec(
+    spec: ModelSpec, train: TrainConfig, teaching: Teaching | None
+) -> ModelSpec | None:
+    """Return the model that a step runs forward beside its own: a teacher, or DPO's reference."""
+    if train.dpo_beta:
+        return spec.replace(lora=None)
+    return teaching.spec if teaching else None
+
+
 def count_targets(train: TrainConfig, batch: Batch) -> jax.Array:
     """Return by what the summed loss of a batch is divided: its targets, or its pairs."""
     return jnp.sum(dpo.find_pairs(batch) if train.dpo_beta else batch.loss_mask)

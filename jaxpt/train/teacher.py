@@ -11,7 +11,6 @@ from jaxpt import io, stage
 from jaxpt.config import Config, DistillConfig, MixtureConfig
 from jaxpt.data import loader, teacher_samples
 from jaxpt.data.teacher_samples import SampleReader
-from jaxpt.flops import DeviceCost, count_forward_flops_per_token
 from jaxpt.initialize import describe_model
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train import gate
@@ -36,13 +35,6 @@ class Teacher(NamedTuple):
     teaching: Teaching
     model: LoadedModel | None = None
     samples: SampleReader | None = None
-
-    def add_cost(self, cost: DeviceCost, seq_len: int) -> DeviceCost:
-        """Return the cost of a step with the teacher's forward pass in it."""
-        if not self.model or cost.flops_per_token is None:
-            return cost
-        forward = count_forward_flops_per_token(self.model.spec, seq_len)
-        return cost._replace(flops_per_token=cost.flops_per_token + forward)
 
     def check(self, heldout: gate.HeldoutData) -> None:
         """Log the teacher's held-out losses. Raise UserError where it knows nothing of the text."""
