@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import jax
@@ -53,6 +53,7 @@ class RunContext:
         started: time.monotonic() at the start, from which time and money count.
         teacher: that the run learns from, if there is one.
         lock: on the run directory, where this process holds it.
+        fingerprints: of inputs by name, where they are known already.
     """
 
     config: Config
@@ -67,6 +68,7 @@ class RunContext:
     started: float
     teacher: Teacher | None = None
     lock: io.Lock | None = None
+    fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def teaching(self) -> Teaching | None:
@@ -88,6 +90,7 @@ def open_run(
     estimate_device_cost: EstimateCost = no_cost,
     started: float | None = None,
     lock: io.Lock | None = None,
+    fingerprints: Mapping[str, str] | None = None,
 ) -> RunContext:
     """Open the packed sequences of a run.
 
@@ -130,10 +133,11 @@ def open_run(
         ),
         estimate_device_cost=estimate_device_cost,
         started=started or time.monotonic(),
-        teacher=open_teacher(config, dataset, mesh),
+        teacher=open_teacher(config, dataset, mesh, fingerprints or {}),
         lock=lock,
     )
 
+        fingerprints=fingerprints or {},
 
 def check_pairs(config: Config, dataset: loader.PackedDataset) -> None:
     """Raise UserError unless data of preference pairs and train.dpo_beta come together."""
