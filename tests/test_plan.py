@@ -1339,7 +1339,7 @@ def test_a_law_fitted_to_a_run_of_two_batches_is_that_of_its_tokens(tmp_path):
         loss = law.predict_loss(n, n_tokens)
         points.append(scaling.LossPoint(n, float(n_tokens), loss))
         sums = dataclasses.replace(NOTHING_DONE, n_tokens=n_tokens)
-        lines.append(json.dumps(HeldoutMetrics(at, {"prose": loss}, **vars(sums)).to_json()))
+        lines.append(json.dumps(HeldoutMetrics(at, {"prose": loss}, 30, **vars(sums)).to_json()))
     (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     fitted, _ = grow_or_scratch.fit_runs([path], CHINCHILLA)
     by_hand = scaling.fit_scaling_law(points, CHINCHILLA)
@@ -1397,7 +1397,7 @@ def test_ones_own_runs_replace_law_and_gain(tmp_path):
             loss = law.predict_loss(n, at * tokens_per_step / (gain or 1))
             losses = {"prose": loss + 0.1, "code": loss - 0.3, "unread": 9.0}
             sums = dataclasses.replace(NOTHING_DONE, n_tokens=at * tokens_per_step)
-            lines.append(HeldoutMetrics(at, losses, **vars(sums)).to_json())
+            lines.append(HeldoutMetrics(at, losses, 30, **vars(sums)).to_json())
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         if gain:
             (path / "growth.json").write_text(

@@ -92,13 +92,15 @@ def open_run(
     lock: io.Lock | None = None,
     fingerprints: Mapping[str, str] | None = None,
 ) -> RunContext:
-    """Open the packed sequences of a run.
+    """Open the packed sequences of a run. For the arguments see RunContext.
 
     Raises:
-        UserError: their length is not pack.seq_len, or there is no such optimizer, or
-            wandb is asked for and not installed, or the teacher is not of these sequences.
+        UserError: their length is not pack.seq_len, or there is no such optimizer or window of
+            averaged weights, or wandb is asked for and not installed, or the teacher is not of
+            these sequences.
     """
     optimizer.check_name(config.optim)
+    average.find_window(config.optim, config.train.steps)  # raises if the schedule has none
     if config.train.wandb_project:
         writers.check_wandb()
     webhook.read_url()  # raises if it is none
@@ -135,9 +137,9 @@ def open_run(
         started=started or time.monotonic(),
         teacher=open_teacher(config, dataset, mesh, fingerprints or {}),
         lock=lock,
+        fingerprints=fingerprints or {},
     )
 
-        fingerprints=fingerprints or {},
 
 def check_pairs(config: Config, dataset: loader.PackedDataset) -> None:
     """Raise UserError unless data of preference pairs and train.dpo_beta come together."""

@@ -240,6 +240,7 @@ def check_import(
         vocab_size = encoder.vocab_size
         keeps_text = encoder.keeps_text()
     if heldout:
+        heldout = heldout.cut_for(model.spec)
         vocab_size = heldout.dataset.vocab_size
     with logs.announce_if_slow(log, "initialize: measuring the imported model"):
         gate.log_import_check(model.spec, model.params, heldout, vocab_size, keeps_text)

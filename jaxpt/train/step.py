@@ -156,7 +156,7 @@ def update_average(
     good: jax.Array,
 ) -> Any:
     """Return the average of the weights after a step, which takes them in its window if good."""
-    window = find_window(optim, train.steps) if optim.average else range(0)
+    window = find_window(optim, train.steps)
     n = state.step + 1
     takes = good & (n >= window.start) & (n < window.stop)
     return add_weights(state.average, select_trained(spec, params), optim, takes)
