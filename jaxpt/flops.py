@@ -74,9 +74,16 @@ def count_layer_matmul_params(spec: ModelSpec) -> int:
 class DeviceCost(NamedTuple):
     """What turns speed into MFU and money; None where the hardware is not in the table."""
 
-    flops_per_token: float | None = None  # forward and backward
+    flops_per_token: float | None = None  # forward and backward, of frozen models forward
     peak_flops: float | None = None  # of one device, FLOP/s at the compute dtype
     usd_per_hour: float | None = None  # of one device
+
+    def add_forward(self, spec: ModelSpec, seq_len: int) -> DeviceCost:
+        """Return the cost with another model's forward pass in it."""
+        if self.flops_per_token is None:
+            return self
+        forward = count_forward_flops_per_token(spec, seq_len)
+        return self._replace(flops_per_token=self.flops_per_token + forward)
 
     def compute_mfu(self, flops_per_second: float | None, n_devices: int) -> float | None:
         """Return the model's FLOP/s as a fraction of what the devices can do."""

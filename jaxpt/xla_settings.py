@@ -1,7 +1,7 @@
 """Choose the environment variables that XLA and JAX read for a kind of device; a user's values win.
 
-JAX reads them when it starts, so `jaxpt train` sets them before that, and `jaxpt plan` compiles
-with the same. XLA ends a process at a flag that it does not know: tests/test_xla_settings.py gives
+JAX reads them when it starts, so commands set them before that, and `jaxpt plan` compiles with the
+same. XLA ends a process at a flag that it does not know: tests/test_xla_settings.py gives
 these to the compilers that are installed.
 """
 
@@ -36,7 +36,9 @@ TPU_FLAGS = {
     "--xla_tpu_overlap_compute_collective_tc": "true",
 }
 FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-VARIABLES = (*FLAG_VARIABLES, "JAX_OPTIMIZATION_LEVEL", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+# JAX's name for the share of a card's memory, and an older one; it refuses both at once
+MEM_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+VARIABLES = (*FLAG_VARIABLES, "JAX_OPTIMIZATION_LEVEL", *MEM_VARIABLES)
 
 
 def choose_variables(platform: str, chip: Chip | None, user: Mapping[str, str]) -> dict[str, str]:
@@ -59,7 +61,8 @@ def choose_variables(platform: str, chip: Chip | None, user: Mapping[str, str]) 
         if generation in COMMAND_BUFFERS:
             flags["--xla_gpu_enable_command_buffer"] = COMMAND_BUFFERS[generation]
         ours["JAX_OPTIMIZATION_LEVEL"] = "O1"
-        ours["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(MAX_MEM_FRAC)
+        if not user.keys() & set(MEM_VARIABLES):
+            ours[MEM_VARIABLES[0]] = str(MAX_MEM_FRAC)
         ours["XLA_FLAGS"] = join_flags(flags, user.get("XLA_FLAGS", ""))
     joined = {name: ours[name] for name in FLAG_VARIABLES if name in ours}
     return ours | list_variables(user) | joined

@@ -290,6 +290,7 @@ def growth(**changes):
             "child": {"prose": 4.466, "code": 3.927},
         },
         "heldout_sequences": 64,
+        "heldout_seq_len": 64,
         "preserves_function": False,
         "max_logit_difference": None,
         "layers": {

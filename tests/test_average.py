@@ -13,6 +13,7 @@ from jaxpt.model import transformer
 from jaxpt.plan import roofline
 from jaxpt.spec import UserError
 from jaxpt.train import average, merge, state, step
+from jaxpt.train.records import CheckpointRecord
 from jaxpt.weights import checkpoint, load
 
 # 12 steps: 3 of warm-up, constant from the 4th to the 9th, then the decay
@@ -98,6 +99,31 @@ def test_a_checkpoint_without_an_average_is_refused(tmp_path, one):
     checkpoint.save_checkpoint(tmp_path, 7, params, counts, SPEC, counts={}, tokenizer=None)
     with pytest.raises(UserError, match="holds no averaged weights"):
         merge.write_average(tmp_path, tmp_path / "mean")
+
+
+def test_an_average_begins_anew_where_other_updates_are_to_be_averaged(tmp_path, one, caplog):
+    """In a run that was prolonged, or whose knob changed."""
+    optim = dataclasses.replace(OPTIM, average=5)
+    now = make_state(one, dataclasses.replace(SETTINGS, optim=optim))
+    stored = average.add_weights(now.average, now.params, optim, np.bool_(True))
+    record = CheckpointRecord(step=6, average=average.describe_average(optim, 12))
+    rest, counts = state.rest_of_state(now), record.to_json()
+    checkpoint.save_checkpoint(
+        tmp_path, 6, now.params, rest, SPEC, counts=counts, tokenizer=None, average=stored
+    )
+
+    def restore(value, n_steps):
+        changed = dataclasses.replace(optim, average=value)
+        abstract = state.make_abstract_state(SPEC, changed, one)
+        expected = average.describe_average(changed, n_steps)
+        directory = checkpoint.find_newest(tmp_path)
+        return state.restore_state(directory, now.params, abstract, expected).average
+
+    jax.tree.map(np.testing.assert_array_equal, restore(5, 12), stored)
+    assert not caplog.records
+    for value, n_steps in ((5, 24), (3, 12), (0.75, 12)):
+        assert average.read_average(restore(value, n_steps)) is None
+        assert "the average begins anew" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize("value", ["-1", "2.5"])

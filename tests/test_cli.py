@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from jaxpt import config
-from jaxpt.cli import main
+from jaxpt.cli import doctor, main, plan
 
 SCRIPT = """\"\"\"The same as `jaxpt {name}`.\"\"\"
 
@@ -62,6 +62,23 @@ def test_every_command_answers_help_without_importing_jax(name):
     )
     assert max(map(len, text.splitlines())) <= 100
     assert not loaded & {"jax", "numpy"}, "it answers in well under a second"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [(["doctor"], ["set", "run"]), (["plan", "--check", "x"], ["run"])]
+)
+def test_a_command_that_uses_devices_sets_their_variables_before_it_runs(
+    words, expected, monkeypatch
+):
+    """The others import no jax, leave it to processes of their own, or read what is on disk."""
+    others = {"plan", "prepare", "train_quality", "train_tokenizer", "pack", "sweep", "report"}
+    assert {*main.COMMANDS} - {*main.ON_DEVICE} == others | {"launch"}
+    calls = []
+    monkeypatch.setattr(main.xla_settings, "set_variables", lambda: calls.append("set"))
+    for command in (doctor, plan):
+        monkeypatch.setattr(command, "run", lambda arguments: calls.append("run"))
+    main.run_command(words)
+    assert calls == expected
 
 
 def test_help_lists_the_knobs_that_a_command_reads_and_no_others(capsys):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,16 @@ from jaxpt.config import PackConfig, PrepareConfig, TrainConfig
 from jaxpt.data import filters, loader, pack, sources, tokenizer
 from jaxpt.data.meta import PAIR
 from jaxpt.data.prepare import corpus
+from jaxpt.flops import DeviceCost, count_flops_per_token, count_forward_flops_per_token
+from jaxpt.hardware import parse_target
 from jaxpt.model import dpo, transformer
-from jaxpt.spec import UserError
-from jaxpt.train import step
+from jaxpt.plan import compile, cost
+from jaxpt.spec import LoraSpec, UserError
+from jaxpt.train import begin, gate, step
+from jaxpt.train.context import open_run
 from jaxpt.train.metrics import read_metrics
-from jaxpt.train.records import TrainMetrics
-from jaxpt.weights import huggingface
+from jaxpt.train.records import CheckpointRecord, TrainMetrics
+from jaxpt.weights import checkpoint, huggingface
 from jaxpt.weights.load import load_model
 
 BETA = 0.3
@@ -169,6 +174,24 @@ def test_packed_pairs_stay_together_with_their_prompts_masked(paired):
             n_pairs += 1
     counts = dataset.counts["likes"]
     assert n_pairs == counts.n_pairs == counts.n_documents > 30
+    assert counts.n_text_bytes == sum(len(each["q"] + each["good"]) for each in RECORDS)
+    assert counts.n_rejected_bytes == sum(len(each["q"] + each["bad"]) for each in RECORDS)
+
+
+def test_bits_per_byte_are_of_both_answers_with_their_prompts(paired, monkeypatch):
+    """At one bit per token they are the tokens per byte."""
+    dataset = loader.open_packed([paired / "packed"])
+    counts = dataset.counts["likes"]
+    heldout = types.SimpleNamespace(dataset=dataset, compute_dtype="float32")
+    batch = loader.make_batch([dataset.read_sequence("likes", 0)], True)
+    heldout.read_small_batch = lambda name: batch
+    monkeypatch.setattr(gate.diagnosis, "measure_nats_per_token", lambda *_: np.log(2))
+    found = gate.estimate_bits_per_byte(heldout, "likes", SPEC, {})
+    encoder = tokenizer.load_tokenizer(paired / "tokenizer")
+    texts = [each["q"] + each[answer] for each in RECORDS for answer in ("good", "bad")]
+    assert len(texts) == 2 * counts.n_documents
+    n_tokens = sum(map(len, encoder.encode_batch(texts)))
+    assert found == pytest.approx(n_tokens / sum(map(len, texts)), rel=0.02)  # beside a prompt
 
 
 def test_pairs_that_no_sequence_holds_are_left_out_and_counted(paired, tmp_path, caplog):
@@ -261,6 +284,62 @@ def test_a_run_learns_preferences_against_its_own_beginning_however_it_is_cut(
         initial = load_model(tmp_path / "base", whole.run.mesh).params
         jax.tree.map(np.testing.assert_array_equal, parts.reference, initial)
         jax.tree.map(np.testing.assert_array_equal, whole.reference, initial)
+        other = tuned(train__log_every=1, initialize__grow=("stack(g=2)",))
+        with pytest.raises(UserError, match="expected the reference"):
+            start(other, tmp_path / "parts")
+
+
+@pytest.fixture
+def run(tuned, paired, one, tmp_path):
+    """A function that opens the run of a recipe without starting it."""
+
+    def run(**changes):
+        cost = lambda *_: DeviceCost(flops_per_token=7.0)
+        return open_run(tuned(**changes), tmp_path / "run", [str(paired / "packed")], one, cost)
+
+    return run
+
+
+def test_the_reference_of_a_resumed_run_is_that_of_its_beginning(run, tmp_path):
+    base = tmp_path / "base"
+    model = load_model(base, run().mesh)
+    record = CheckpointRecord(step=2, reference=begin.fingerprint_reference(run(), model.spec))
+    check = lambda run: begin.check_same_reference(tmp_path / "2", record, run, model.spec)
+    check(run())
+    with pytest.raises(UserError, match=r"expected the reference \w+, which .*/2 was tuned from"):
+        check(run(initialize__grow=("stack(g=2)",)))
+    shutil.copytree(base, tmp_path / "kept")
+    counts = CheckpointRecord(step=7).to_json()
+    rest = {"step": np.int32(7)}
+    checkpoint.save_checkpoint(
+        base, 7, model.params, rest, model.spec, counts=counts, tokenizer=model.tokenizer
+    )
+    with pytest.raises(UserError, match=r"got \w+: .*/base as it is now. Name the checkpoint"):
+        check(run())
+    check(run(initialize__source=str(tmp_path / "kept/checkpoints/3")))
+    assert (
+        begin.fingerprint_reference(run(), model.spec.replace(lora=LoraSpec(4, 8.0, ("q",))))
+        is None
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_plan_and_the_flops_of_a_run_count_the_reference(run, one, monkeypatch, rank):
+    monkeypatch.setattr(compile, "make_target_devices", lambda *_: list(one.devices.flat))
+    opened = run(lora__rank=rank)
+    settings = opened.config
+    spec, _ = cost.resolve_model_spec(settings)
+    base = spec.replace(lora=None)
+    forward = count_forward_flops_per_token(base, 64)
+    assert opened.estimate_cost(spec, 64).flops_per_token == 7.0 + forward
+    request = compile.AnalysisRequest(spec, dataclasses.asdict(settings), "cpu:1", "none is here")
+    found = compile.analyze_step_in_process(request)
+    n_params = 0 if rank else transformer.count_params(base)  # the base of adapters is there
+    assert found.frozen_bytes == 4 * n_params and found.frozen_flops_per_token == forward
+    step_flops = count_flops_per_token(spec, 64) + forward
+    assert found.executed_flops > 8 * 64 * step_flops
+    plan = cost.project_target(spec, settings, parse_target("cpu:1"), found, 1e6)
+    assert plan.flops_per_token == step_flops
 
 
 BAD_RUNS = {

@@ -36,7 +36,7 @@ def write_run(run_dir, n_steps, speed=1.0, deviation=0.0, clock=1.0, decay=0.0):
             NOTHING_DONE, flops=flops, productive_seconds=clock * step, n_tokens=step
         )
         losses = {"prose": loss - 0.5, "code": loss + 0.5}
-        lines.append(json.dumps(HeldoutMetrics(step, losses, **vars(sums)).to_json()) + "\n")
+        lines.append(json.dumps(HeldoutMetrics(step, losses, 64, **vars(sums)).to_json()) + "\n")
     (run_dir / "metrics.jsonl").write_text("".join(lines))
     (run_dir / "manifest.json").write_text("{}")
 

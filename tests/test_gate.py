@@ -13,12 +13,16 @@ from jaxpt import io, sharding, stage
 from jaxpt.config import Config, MeshConfig, MixtureConfig, OptimConfig, PackConfig, TrainConfig
 from jaxpt.data import loader, pack
 from jaxpt.evaluate import likelihood
+from jaxpt.flops import count_flops_per_token
+from jaxpt.growth.growth import Parent
+from jaxpt.growth.parse import plan_growth
+from jaxpt.growth.verify import verify_growth, write_growth
 from jaxpt.model import decode, transformer
 from jaxpt.model.param import is_param_spec
 from jaxpt.spec import ModelSpec, RopeScaling, SpecialTokens, UserError
-from jaxpt.train import gate, state, step
+from jaxpt.train import begin, gate, state, step
 from jaxpt.weights import huggingface
-from jaxpt.weights.load import load_model
+from jaxpt.weights.load import LoadedModel, load_model
 
 SPEC = ModelSpec(
     n_layers=2,
@@ -101,6 +105,40 @@ def pack_documents(
 
 def heldout_of(packed, *more, mesh=ONE, settings=SETTINGS) -> gate.HeldoutData:
     return gate.HeldoutData([packed, *more], settings.train, settings.mixture.document_mask, mesh)
+
+
+def test_a_view_of_shorter_parts_leaves_the_whole_as_it_is(tmp_path):
+    whole = heldout_of(pack_documents(tmp_path, {"songs": documents(1, 9)}, seq_len=100))
+    parts = whole.cut_for(SPEC.replace(max_seq_len=30), SPEC)
+    assert (parts.seq_len, whole.seq_len) == (25, 100)
+    assert next(parts.iterate_source("songs")).tokens.shape[1] == 25
+    record = {"heldout": whole.to_record({"songs": 2.0})}
+    assert whole.find_recorded_losses(record) == {"songs": 2.0}
+    assert parts.find_recorded_losses(record) == {}  # of longer sequences
+
+
+def test_a_growth_is_judged_at_the_length_that_both_models_read(tmp_path):
+    """And a run of longer sequences does not take the losses of its growth for its parent's."""
+    whole = heldout_of(pack_documents(tmp_path / "packed", {"songs": documents(1, 9)}, seq_len=100))
+    lengths = []
+
+    def measure(heldout, spec, params):
+        lengths.append((spec.max_seq_len, heldout.seq_len))
+        return {"songs": 2.0}
+
+    short = SPEC.replace(max_seq_len=50)
+    models = [LoadedModel(spec, {}, None, None, None, None, {}) for spec in (short, SPEC)]
+    grown = plan_growth("extend_context(length=200, theta=40_000.0)", Parent(short))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gate.HeldoutData, "measure_losses", measure)
+        report = verify_growth(
+            *models, ["extend"], [grown], ONE, seq_len=100, heldout=whole, batches=None
+        )
+    assert lengths == [(50, 50), (200, 50)] and report.heldout_seq_len == 50
+    assert report.flops_per_token["child"] == count_flops_per_token(SPEC, 100)
+    write_growth(report, tmp_path)
+    assert begin.read_parent_losses(tmp_path, whole) is None
+    assert begin.read_parent_losses(tmp_path, whole.cut_to(50)) == {"songs": 2.0}
 
 
 def untrained():

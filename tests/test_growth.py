@@ -876,6 +876,7 @@ def test_the_verdict_is_one_sentence_on_whether_the_grown_model_is_healthy(paren
         spec={"parent": spec, "child": spec.replace(n_layers=6)},
         heldout_loss={"parent": {"prose": parent}, "child": {"prose": child}},
         heldout_sequences=16,
+        heldout_seq_len=64,
         preserves_function=False,
         max_logit_difference=None,
         layers=None,

@@ -1339,7 +1339,7 @@ def test_a_law_fitted_to_a_run_of_two_batches_is_that_of_its_tokens(tmp_path):
         loss = law.predict_loss(n, n_tokens)
         points.append(scaling.LossPoint(n, float(n_tokens), loss))
         sums = dataclasses.replace(NOTHING_DONE, n_tokens=n_tokens)
-        lines.append(json.dumps(HeldoutMetrics(at, {"prose": loss}, **vars(sums)).to_json()))
+        lines.append(json.dumps(HeldoutMetrics(at, {"prose": loss}, 30, **vars(sums)).to_json()))
     (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     fitted, _ = grow_or_scratch.fit_runs([path], CHINCHILLA)
     by_hand = scaling.fit_scaling_law(points, CHINCHILLA)
@@ -1371,6 +1371,17 @@ def test_a_plan_is_checked_by_the_steps_of_todays_batch_and_devices(tmp_path):
     assert [speed.step_seconds for speed in check.list_speeds(run, devices)] == [0.02] * 3
 
 
+def test_a_plan_is_checked_by_the_steps_of_the_planned_shape_alone(tmp_path):
+    """Shorter sequences with as many tokens per step take another time."""
+    shapes = ((0, 24, 10), (15, 12, 20), (45, 24, 10))
+    train = dataclasses.replace(SMALL.train, shape_schedule=shapes)
+    path = run_directory(tmp_path / "run", dataclasses.replace(SMALL, train=train), 0.02, 3e8)
+    run = check.read_run(path, "--check")
+    assert run.tokens_per_step == 240 and run.settings.pack.seq_len == 20
+    speeds = check.list_speeds(run, check.read_devices(run))
+    assert len(speeds) == 2  # of records after 10, 20, ... 50 steps those after 30 and 40
+
+
 def test_ones_own_runs_replace_law_and_gain(tmp_path):
     """A run from scratch by a known law, and one that was stacked and needs 40 % of its tokens."""
     tokens_per_step = 12 * 20
@@ -1386,7 +1397,7 @@ def test_ones_own_runs_replace_law_and_gain(tmp_path):
             loss = law.predict_loss(n, at * tokens_per_step / (gain or 1))
             losses = {"prose": loss + 0.1, "code": loss - 0.3, "unread": 9.0}
             sums = dataclasses.replace(NOTHING_DONE, n_tokens=at * tokens_per_step)
-            lines.append(HeldoutMetrics(at, losses, **vars(sums)).to_json())
+            lines.append(HeldoutMetrics(at, losses, 30, **vars(sums)).to_json())
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         if gain:
             (path / "growth.json").write_text(

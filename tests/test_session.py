@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from conftest import SMALL_SPEC
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxpt import config, export, io, stage
@@ -45,6 +46,7 @@ from jaxpt.train.records import (
     NOTHING_DONE,
     GrowthEvent,
     HeldoutMetrics,
+    HeldoutRecord,
     ResumeEvent,
     SkippedUpdate,
     TaskMetrics,
@@ -289,6 +291,7 @@ def test_a_run_that_continues_another_is_compared_with_its_losses(make_config, s
     train(child)
     first, last = read_records(tmp_path / "child", HeldoutMetrics)
     assert (first.step, last.step) == (0, 6) and first.heldout_loss == child.parent_loss
+    assert first.seq_len == last.seq_len == 64
     assert last.parent_loss == child.parent_loss and last.heldout_loss != child.parent_loss
     assert parent.parent_loss is None
 
@@ -716,7 +719,8 @@ def test_what_a_run_forgets_warns_stops_it_or_is_read_more_often(
     def start_child(settings, run_dir):
         session = start(settings, run_dir)
         if session.step == 0:  # a checkpoint keeps it
-            session.parent_loss = {"prose": 1.5, "code": 99.0}
+            losses = {"prose": 1.5, "code": 99.0}
+            session.parent = HeldoutRecord(**session.heldout.to_record(losses))
         return session
 
     child = train(start_child(settings, tmp_path / "child"))
@@ -1427,7 +1431,8 @@ def test_a_storm_of_skips_and_forgetting_are_posted_once_each(
     """Half of the skips that stop a run; the first message fails."""
     settings = make_config(train__max_consecutive_skips=6, train__max_forgetting=0.5)
     session = start(settings, tmp_path)
-    session.parent_loss, session.heldout_losses = {"prose": 1.0}, {"prose": 2.0}
+    session.parent = HeldoutRecord(**session.heldout.to_record({"prose": 1.0}))
+    session.heldout_losses = {"prose": 2.0}
     skip, replay = Skip(), Replay(settings.train)
     for n_skips in (1, 2, 3, 4, 0, 1):
         session.step += 1
@@ -1441,6 +1446,42 @@ def test_a_storm_of_skips_and_forgetting_are_posted_once_each(
     texts = " ".join(each["text"] for each in webhook)
     assert "3 consecutive updates skipped up to step 3; the run stops at 6" in texts
     assert "prose +1.000 (limit 0.5)" in texts
+
+
+def test_a_window_that_the_schedule_has_not_is_refused_before_data_is_opened(make_config, one):
+    settings = make_config(optim__average=STEPS, mixture__packed_paths=("nowhere",))
+    with pytest.raises(UserError, match=r"optim.average: expected at most \d+, the steps at the"):
+        open_run(settings, io.path("x"), ["nowhere"], one)
+
+
+def test_a_probe_is_of_the_model_alone_whatever_its_run_trained_on(make_config, one, monkeypatch):
+    """Not by pairs and a reference, which a grown model has none of, nor by batches that change."""
+    built = []
+
+    def build(spec, train, *more):
+        built.append(train)
+        return lambda now, batch: (now, {})
+
+    monkeypatch.setattr(initial_run.step, "build_step", build)
+    nothing = types.SimpleNamespace(params={})
+    monkeypatch.setattr(initial_run.state, "init_state", lambda *_: nothing)
+    pairs = make_config(train__dpo_beta=0.5, initialize__source="runs/chat")
+    shapes = make_config(train__shape_schedule=((0, 8, 64), (5, 16, 64)))
+    for settings in (pairs, shapes):
+        packed = list(settings.mixture.packed_paths)
+        probe = initial_run.ShortTraining(2, settings, packed, one)
+        probe.train(SMALL_SPEC, {}, 2)
+    for train_section in built:
+        assert (train_section.dpo_beta, train_section.shape_schedule) == (0.0, ())
+    assert len(built) == 2
+
+
+def test_another_base_shape_is_another_initial_run(make_config, tmp_path):
+    requests = [
+        initial_run.describe_request(make_config(model__base_shape=shape), tmp_path, [], 0)
+        for shape in ("", "4x256")
+    ]
+    assert requests[0] != requests[1]
 
 
 def test_a_webhook_that_is_no_url_is_refused_without_showing_it(make_config, one, monkeypatch):

@@ -1,6 +1,8 @@
 """Laws of batches whose shape changes as the run goes on, and of contexts that grow with it."""
 
 import dataclasses
+import logging
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +20,18 @@ from jaxpt.data.loader import PackedSequence, cut_batch, make_batch
 from jaxpt.data.mixture import MixtureSchedule
 from jaxpt.evaluate import attribution
 from jaxpt.growth.growth import Parent
+from jaxpt.growth.new_params import NewParams
 from jaxpt.growth.parse import plan_growth
+from jaxpt.initialize import make_random_spec
 from jaxpt.model import transformer
 from jaxpt.plan import answer
 from jaxpt.spec import UserError
 from jaxpt.train import optimizer, shapes, step
+from jaxpt.train.begin import RunStart
+from jaxpt.train.context import open_run
+from jaxpt.train.meter import LostWork
+from jaxpt.train.records import HeldoutRecord, TrainProgress
+from jaxpt.train.session import Session
 from jaxpt.weights import huggingface
 from jaxpt.weights.load import LoadedModel
 
@@ -190,6 +199,47 @@ def test_a_run_whose_shapes_change_is_the_same_however_it_is_cut(
     jax.tree.map(np.testing.assert_array_equal, whole.state, parts.state)
     assert whole.heldout_losses == parts.heldout_losses
     assert whole.schedule.phases == parts.schedule.phases
+
+
+@pytest.fixture
+def make_session(make_config, one, tmp_path):  # noqa: F811
+    """A function that returns a session of a run of three shapes, of which nothing is compiled."""
+    settings = make_config(train__shape_schedule=((0, 16, 32), (4, 8, 64), (9, 32, 32)))
+    run = open_run(settings, tmp_path, list(settings.mixture.packed_paths), one)
+    dataset = run.dataset
+    spec = make_random_spec(settings.model, dataset.vocab_size, dataset.special_tokens)
+
+    def make(at, parent=None):
+        parent = parent or HeldoutRecord(**run.heldout.to_record({"prose": 3.0}))
+        begins = RunStart(spec, TrainProgress(step=at), NewParams(), settings.mixture, parent)
+        return Session(run, begins, LostWork())
+
+    return make
+
+
+def test_a_parent_is_compared_at_the_length_at_which_it_was_measured(make_session, caplog):
+    caplog.set_level(logging.INFO)
+    session = make_session(3)
+    session.recompile = lambda: None
+    assert session.parent_loss == {"prose": 3.0} and session.heldout.seq_len == 32
+    for at, expected in ((4, None), (9, {"prose": 3.0})):
+        session.step = at
+        session.change_shape()
+        assert session.parent_loss == expected and session.heldout.seq_len == session.shape.seq_len
+        assert make_session(at, session.parent).parent_loss == expected  # as resumed there
+    assert caplog.text.count("the parent was measured on sequences of another length") == 1
+    assert session.run.heldout.seq_len == 32  # what a run is given stays the same
+
+
+def test_a_resumed_run_compiles_all_shapes_at_its_start(make_session, monkeypatch):
+    program = types.SimpleNamespace(lower=lambda *_: program, compile=lambda: None)
+    monkeypatch.setattr(step, "build_step", lambda *_: program)
+    session = make_session(5)
+    session.compile_steps()
+    assert list(session.compiled) == [(8, 64), (32, 32)]
+    session.step = 9
+    session.recompile()
+    assert session.is_new_step  # its memory was never tried
 
 
 def test_the_rate_follows_the_root_of_the_tokens_per_step():

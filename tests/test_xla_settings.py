@@ -78,6 +78,17 @@ def test_a_users_own_flags_and_variables_win():
     assert xla_settings.choose_variables("cpu", None, user) == {}
 
 
+@pytest.mark.parametrize(
+    ("user", "expected"), [((), ("0.92", None)), (("0.4",), ("0.4", None)), ((None, "0.5"), None)]
+)
+def test_one_variable_at_most_sets_the_share_of_a_card(user, expected):
+    """JAX has two names for it, and refuses both at once."""
+    names = xla_settings.MEM_VARIABLES
+    theirs = {name: value for name, value in zip(names, user, strict=False) if value}
+    found = xla_settings.choose_variables("cuda", None, theirs)
+    assert tuple(map(found.get, names)) == (expected or user)
+
+
 def test_cards_get_command_buffers_by_their_generation():
     def flags(chip):
         return xla_settings.choose_variables("cuda", chip, {})["XLA_FLAGS"].split()

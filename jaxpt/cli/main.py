@@ -12,7 +12,7 @@ import itertools
 import os
 import sys
 
-from jaxpt import cluster, stage
+from jaxpt import cluster, stage, xla_settings
 from jaxpt.cli import options
 from jaxpt.config import suggest_name
 from jaxpt.spec import UserError
@@ -27,6 +27,9 @@ GROUPS = {
     "Several hosts": ("launch",),
 }
 COMMANDS = [name for names in GROUPS.values() for name in names]
+# that use this machine's accelerator themselves: sweep starts train, plan compiles for others
+ON_DEVICE = ("doctor", "initialize", "teacher_logits", "train", "export_hf", "export_gguf")
+ON_DEVICE += ("evaluate", "compare", "sample", "trace", "checkpoint")
 EPILOG = """
 jaxpt COMMAND --help lists its flags, and the knobs of the config that it reads.
 Any knob of a recipe can be overridden: jaxpt train --config FILE --config.train.steps=300
@@ -63,6 +66,8 @@ def run_command(words: list[str]) -> None:
     arguments = parser.parse_args(words)
     if arguments.command != "train":
         cluster.check_is_alone(arguments.command)
+    if arguments.command in ON_DEVICE:
+        xla_settings.set_variables()  # before jax is imported, which reads them
     arguments.run(arguments)
 
 

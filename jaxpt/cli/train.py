@@ -10,7 +10,6 @@ weights.
 
 import argparse
 
-from jaxpt import xla_settings
 from jaxpt.cli import options
 
 SECTIONS = ("pack", "mixture", "model", "initialize", "train", "optim", "lora", "distill")
@@ -28,7 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train."""
     settings = options.load_settings(arguments)
-    xla_settings.set_variables()  # before jax is imported, which reads them
     from jaxpt import flops
     from jaxpt.train import loop, meter
 

@@ -110,7 +110,8 @@ class TextCounts(Record):
     """What is counted of documents as they are tokenized."""
 
     n_documents: int = 0
-    n_text_bytes: int = 0  # of UTF-8
+    n_text_bytes: int = 0  # of UTF-8; of pairs, prompt and chosen answer
+    n_rejected_bytes: int = 0  # of pairs, prompt and rejected answer
     n_unknown_tokens: int = 0  # for text that the tokenizer has no token for
     n_cut_prompts: int = 0  # that were too long; their first tokens are left out
     n_cut_tokens: int = 0  # of these prompts, in no sequence
@@ -635,6 +636,8 @@ def run_tokenize_job(job: TokenizeJob) -> int:
             stream.write_batch(record_batch)
             counts["n_documents"] += len(batch.texts)
             counts["n_text_bytes"] += sum(len(text.encode()) for text in batch.texts)
+            rejected = list_rejected(batch).values()
+            counts["n_rejected_bytes"] += sum(len(text.encode()) for text in rejected)
             counts["n_unknown_tokens"] += encoder.count_unknown(ids)
             counts["n_conversations"] += len(chats)
             counts.update(n_pairs=sum(at > 0 for at in pair_at), n_long_pairs=n_long)
@@ -678,6 +681,15 @@ def encode_chats(batch: TextBatch, tokenizer_path: str) -> dict[int, chat.Encode
     return dict(zip(places, encoded, strict=True))
 
 
+def list_rejected(batch: TextBatch) -> dict[int, str]:
+    """Return place in the batch -> prompt and rejected answer of a pair."""
+    return {
+        i: batch.texts[i][: batch.prompt_chars[i]] + PAIR.decode(meta)
+        for i, meta in enumerate(batch.meta)
+        if PAIR.is_in(meta)
+    }
+
+
 def append_rejected(
     batch: TextBatch,
     encoder: tokenizer.Tokenizer,
@@ -690,10 +702,10 @@ def append_rejected(
         Where each begins; 0: the document is no pair.
     """
     pair_at = [0] * len(ids)
-    places = [i for i, meta in enumerate(batch.meta) if PAIR.is_in(meta)]
-    texts = [batch.texts[i][: batch.prompt_chars[i]] + PAIR.decode(batch.meta[i]) for i in places]
-    rejected, loss_from = encoder.encode_documents(texts, [batch.prompt_chars[i] for i in places])
-    for i, other, n_prompt in zip(places, rejected, loss_from, strict=True):
+    texts = list_rejected(batch)
+    n_chars = [batch.prompt_chars[i] for i in texts]
+    rejected, loss_from = encoder.encode_documents(list(texts.values()), n_chars)
+    for i, other, n_prompt in zip(texts, rejected, loss_from, strict=True):
         pair_at[i] = start = len(ids[i])
         ids[i] = np.concatenate([ids[i], other])
         untrained[i] = np.array([(start, start + n_prompt)], np.int32)

@@ -49,6 +49,7 @@ class GrowthReport(Record):
     spec: dict[str, ModelSpec]
     heldout_loss: dict[str, dict[str, float]] | None  # model -> source -> nats per token
     heldout_sequences: int | None  # per source, at most, behind heldout_loss
+    heldout_seq_len: int | None  # of the parts that they are cut into, which both models read
     preserves_function: bool  # the operators promise it, and it was checked
     max_logit_difference: float | None  # None: not promised
     layers: dict[str, tuple[LayerRecord, ...]] | None  # None: no sequences that both models read

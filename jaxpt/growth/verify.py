@@ -35,6 +35,7 @@ class HeldoutLosses(Protocol):
     """Held-out sequences that losses are measured on, as train/gate.py does."""
 
     n_sequences: int  # per source, at most
+    seq_len: int
 
     @property
     def unigram_nats(self) -> dict[str, float]:
@@ -43,6 +44,10 @@ class HeldoutLosses(Protocol):
 
     def measure_losses(self, spec: ModelSpec, params: Params) -> dict[str, float]:
         """Return nats per token of each source."""
+        ...
+
+    def cut_for(self, *specs: ModelSpec) -> HeldoutLosses:
+        """Return the same, in parts that these models all read."""
         ...
 
 
@@ -97,6 +102,7 @@ def verify_growth(
     """
     models = {"parent": parent, "child": child}
     report = describe_growth(models, operators, growths, seq_len, at_step, moments)
+    heldout = heldout.cut_for(parent.spec, child.spec) if heldout else None
     if report.preserves_function:
         difference = check_logits(parent, child, operators, growths, mesh)
         report = dataclasses.replace(report, max_logit_difference=difference)
@@ -153,6 +159,7 @@ def describe_growth(
         spec=specs,
         heldout_loss=None,
         heldout_sequences=None,
+        heldout_seq_len=None,
         preserves_function=all(grown.preserves_function for grown in growths),
         max_logit_difference=None,
         layers=None,
@@ -174,7 +181,10 @@ def measure_models(
         for name, model in models.items():
             losses[name] = heldout.measure_losses(model.spec, model.params)
         report = dataclasses.replace(
-            report, heldout_loss=losses, heldout_sequences=heldout.n_sequences
+            report,
+            heldout_loss=losses,
+            heldout_sequences=heldout.n_sequences,
+            heldout_seq_len=heldout.seq_len,
         )
     if batches:
         layers = {}

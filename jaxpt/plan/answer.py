@@ -88,13 +88,6 @@ def run_plan(settings: Config | None, request: PlanRequest) -> TrainingPlan:
     if settings.train.shape_schedule:
         left_out.append("train.shape_schedule: every step is planned as its largest one.")
         settings = plan_largest(settings)
-    if settings.train.dpo_beta:
-        left_out.append(
-            "train.dpo_beta: the reference is not counted: its parameters in compute_dtype, and a "
-            "forward pass, a third more FLOPs."
-        )
-        train = dataclasses.replace(settings.train, dpo_beta=0.0)
-        settings = dataclasses.replace(settings, train=train)
     if request.with_search:
         targets, found = search.search_layouts(settings, request.target_names, calibrations)
         header = make_plan_header(settings)

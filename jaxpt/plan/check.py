@@ -19,7 +19,7 @@ from jaxpt.plan.cost import abbreviate_count, format_memory
 from jaxpt.spec import ModelSpec, Record, UserError
 from jaxpt.train.metrics import stream_metrics
 from jaxpt.train.records import GrowthEvent, MetricRecord, TrainMetrics
-from jaxpt.train.shapes import plan_largest
+from jaxpt.train.shapes import StepShape, find_shape, plan_largest
 
 log = logging.getLogger(__name__)
 
@@ -112,12 +112,16 @@ class Speed(NamedTuple):
 def list_speeds(run: Run, devices: RunDevices) -> list[Speed]:
     """Return what was measured since batch, sequence length, depth and devices are as they are."""
     speeds: list[Speed] = []
+    before = 0  # steps done at the record before
     for record in run.stream_records():
         if isinstance(record, GrowthEvent):
             speeds.clear()
-        elif isinstance(record, TrainMetrics) and record.step > devices.since_step:
+        elif isinstance(record, TrainMetrics):
+            is_of_shape = run.had_shape(before) and run.had_shape(record.step - 1)
+            before = record.step
             tokens_per_step = record.tokens_per_second * record.step_seconds
-            if round(tokens_per_step) == run.tokens_per_step:
+            is_of_batch = is_of_shape and round(tokens_per_step) == run.tokens_per_step
+            if is_of_batch and record.step > devices.since_step:
                 speeds.append(Speed(record.step_seconds, record.memory_bytes))
     return speeds
 
@@ -202,9 +206,17 @@ def format_plan_checks(checks: Sequence[PlanCheck]) -> str:
 
 
 class Run(NamedTuple):
-    """A run directory that jaxpt train wrote."""
+    """A run directory that jaxpt train wrote.
+
+    Attributes:
+        path: the directory.
+        recipe: as it trains.
+        settings: the recipe of its largest step, which is planned.
+        spec: the model as it is now.
+    """
 
     path: io.Path
+    recipe: Config
     settings: Config
     spec: ModelSpec
 
@@ -221,6 +233,11 @@ class Run(NamedTuple):
     def stream_records(self) -> Iterator[MetricRecord]:
         """Yield the records of its metrics.jsonl."""
         return stream_metrics(self.path / "metrics.jsonl")
+
+    def had_shape(self, step: int) -> bool:
+        """Return whether the batch that is read after so many steps has the planned shape."""
+        planned = StepShape(self.settings.train.batch_size, self.settings.pack.seq_len)
+        return find_shape(self.recipe, step) == planned
 
     @property
     def tokens_per_step(self) -> int:
@@ -251,8 +268,8 @@ def read_run(run_dir: str | io.Path, flag: str) -> Run:
         raise UserError(
             f"{flag} {path}: no config.json there. Give run directories that jaxpt train wrote."
         )
-    settings = plan_largest(config.build_config(io.read_json(path / "config.json")))
-    return Run(path, settings, stage.read_spec(path / "spec.json"))
+    recipe = config.build_config(io.read_json(path / "config.json"))
+    return Run(path, recipe, plan_largest(recipe), stage.read_spec(path / "spec.json"))
 
 
 class RunDevices(NamedTuple):

@@ -180,11 +180,18 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
     opt_state_bytes = count_bytes_per_device(kept)
     state_bytes = params_bytes + opt_state_bytes
     distill_spec = cost.resolve_distill_spec(settings)
-    if distill_spec and distill_spec.teacher:
-        estimate = roofline.add_teacher(estimate, distill_spec.teacher, train, seq_len)
-        teacher_bytes = count_bytes_per_device(make_abstract_teacher(distill_spec, train, mesh))
-        estimate = dataclasses.replace(estimate, teacher_bytes=teacher_bytes)
-    restore_bytes = state_bytes + estimate.teacher_bytes
+    frozen = step.find_frozen_spec(spec, train, distill_spec)
+    executed_flops = count_matmul_flops(program, key_blocks)
+    if frozen:
+        estimate = roofline.add_frozen(estimate, spec, frozen, train, seq_len)
+        frozen_bytes = count_bytes_per_device(make_abstract_frozen(spec, settings, mesh))
+        estimate = dataclasses.replace(estimate, frozen_bytes=frozen_bytes)
+    if distill_spec and frozen:  # its windows, and so its blocks of keys, may be others
+        alone = dataclasses.replace(visible, distill=config.DistillConfig())
+        program = trace_step(spec, alone, sharding.fold_expert_axis(mesh)).jaxpr
+        executed_flops = count_matmul_flops(program, key_blocks)
+        executed_flops += train.batch_size * seq_len * estimate.frozen_flops_per_token
+    restore_bytes = state_bytes + estimate.frozen_bytes
     analysis = dataclasses.replace(
         estimate,
         missing_package=missing,
@@ -193,7 +200,7 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
         restore_bytes=restore_bytes,
         peak_bytes=estimate.peak_bytes - estimate.restore_bytes + restore_bytes,
         export_bytes=estimate.export_bytes - estimate.params_bytes + params_bytes,
-        executed_flops=count_matmul_flops(program, key_blocks),
+        executed_flops=executed_flops,
         loop_body_flops=loop_body_flops,
         experts=experts,
     )
@@ -212,18 +219,20 @@ def trace_step(spec: ModelSpec, settings: Config, mesh: Mesh) -> Any:
     distill_spec = cost.resolve_distill_spec(settings)
     abstract_batch = step.make_abstract_batch(train.batch_size, seq_len, mesh, distill_spec)
     built = step.build_step(spec, train, optim, seq_len, mesh, distill_spec=distill_spec)
-    if not distill_spec or not distill_spec.teacher:
-        return built.trace(abstract_state, abstract_batch)
-    teacher = make_abstract_teacher(distill_spec, train, mesh)
-    return built.trace(abstract_state, abstract_batch, teacher)
+    frozen = make_abstract_frozen(spec, settings, mesh)
+    return built.trace(abstract_state, abstract_batch, *([frozen] if frozen else []))
 
 
-def make_abstract_teacher(
-    distill_spec: step.DistillSpec, train: config.TrainConfig, mesh: Mesh
-) -> Any:
-    """Return a teacher's parameters as ShapeDtypeStructs with shardings."""
-    assert distill_spec.teacher
-    return transformer.make_abstract_params(distill_spec.teacher, mesh, train.compute_dtype)
+def make_abstract_frozen(spec: ModelSpec, settings: Config, mesh: Mesh) -> Any:
+    """Return the parameters of a teacher or reference as ShapeDtypeStructs with shardings.
+
+    None where a step takes none: there is no such model, or it is the base of the adapters.
+    """
+    train = settings.train
+    frozen = step.find_frozen_spec(spec, train, cost.resolve_distill_spec(settings))
+    if frozen is None or (train.dpo_beta and spec.lora):
+        return None
+    return transformer.make_abstract_params(frozen, mesh, train.compute_dtype)
 
 
 def make_target_devices(target: Target, missing: str | None) -> Sequence[Any]:

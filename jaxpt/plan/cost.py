@@ -69,7 +69,7 @@ class TargetPlan(Record):
     host_restore_bytes: int
     host_export_bytes: int
     variables: dict[str, str]  # of the environment, which jaxpt train sets
-    flops_per_token: float  # of the model, forward and backward, and of a teacher, forward
+    flops_per_token: float  # of the model, forward and backward; of a frozen one, forward
     executed_flops_per_token: float  # recomputation included
     loop_body_flops: float | None
     compiler_flops: float | None
@@ -88,7 +88,7 @@ class TargetPlan(Record):
     price_source: str
     analysis_seconds: float
     experts: str | None = None  # a mixture's kernel, and why; None: not known without compiling
-    teacher_bytes: int = 0  # per device, of the parameters of a frozen teacher
+    frozen_bytes: int = 0  # per device, of the parameters of a teacher or DPO's reference
     overrides: tuple[str, ...] = ()  # found by --search, such as "--config.train.remat=full"
 
 
@@ -173,7 +173,7 @@ def project_target(
     n_devices = target.n_devices
     seq_len = settings.pack.seq_len
     batch_tokens = settings.train.batch_size * seq_len
-    flops_per_token = flops.count_flops_per_token(spec, seq_len) + analysis.teacher_flops_per_token
+    flops_per_token = flops.count_flops_per_token(spec, seq_len) + analysis.frozen_flops_per_token
     chip_flops = chip.peak_flops(settings.train.compute_dtype)
     peak_flops = n_devices * chip_flops
     usd_per_hour, price_source = resolve_usd_per_hour(chip, settings.plan)
@@ -206,7 +206,7 @@ def project_target(
     temporary_bytes = None  # not known where the compiler refused the step
     if not exceeds_memory:
         fits = max(peak_bytes, export_bytes) <= target.usable_bytes
-        temporary_bytes = peak_bytes - params_bytes - opt_state_bytes - analysis.teacher_bytes
+        temporary_bytes = peak_bytes - params_bytes - opt_state_bytes - analysis.frozen_bytes
     efficiency = chip.efficiency
     return TargetPlan(
         target=target.name,
@@ -222,7 +222,7 @@ def project_target(
         usable_bytes=target.usable_bytes,
         params_bytes=params_bytes,
         opt_state_bytes=opt_state_bytes,
-        teacher_bytes=analysis.teacher_bytes,
+        frozen_bytes=analysis.frozen_bytes,
         opt_bytes_per_param=opt_state_bytes / n_params,
         saved_activation_bytes=analysis.saved_activation_bytes,
         gathered_expert_bytes=analysis.gathered_expert_bytes,
@@ -276,15 +276,17 @@ def make_column(plan: TargetPlan) -> dict[str, str]:
     experts = {}
     if plan.gathered_expert_bytes:
         experts["  gathered experts of a layer"] = format_memory(plan.gathered_expert_bytes)
-    teacher = {"teacher": format_memory(plan.teacher_bytes)} if plan.teacher_bytes else {}
+    frozen = {}
+    if plan.frozen_bytes:
+        frozen["teacher or reference"] = format_memory(plan.frozen_bytes)
     return {
         "method": format_method(plan),
         "devices": f"{plan.n_devices:,}",
         "mesh": format_mesh(plan.mesh),
         "parameters": format_memory(plan.params_bytes),
         "optimizer state": format_memory(plan.opt_state_bytes),
-        **teacher,
         "  bytes per parameter": f"{plan.opt_bytes_per_param:.3g}",
+        **frozen,
         "gradients, activations": format_memory(plan.temporary_bytes),
         "  saved activations, about": format_memory(plan.saved_activation_bytes),
         **experts,

@@ -66,8 +66,8 @@ class StepAnalysis(Record):
     layer_collectives: tuple[LayerCollectives, ...]
     analysis_seconds: float
     experts: str | None = None  # a mixture's kernel, and why; None: not known without compiling
-    teacher_bytes: int = 0  # per device, of the parameters of a frozen teacher
-    teacher_flops_per_token: float = 0.0  # of its forward pass
+    frozen_bytes: int = 0  # per device, of the parameters of a teacher or DPO's reference
+    frozen_flops_per_token: float = 0.0  # of its forward pass
 
 
 class Roofline(NamedTuple):
@@ -390,31 +390,32 @@ def estimate_step(
     )
 
 
-def add_teacher(
-    analysis: StepAnalysis, teacher: ModelSpec, train: TrainConfig, seq_len: int
+def add_frozen(
+    analysis: StepAnalysis, spec: ModelSpec, frozen: ModelSpec, train: TrainConfig, seq_len: int
 ) -> StepAnalysis:
-    """Return the analysis with the forward pass of a frozen teacher, by rule of thumb.
+    """Return the analysis with the forward pass of a teacher or reference, by rule of thumb.
 
     Its weights are in the dtype of matmuls, gathered once per micro-batch, and keep nothing for
-    backward: one layer is at work at a time.
+    backward: one layer is at work at a time. DPO's reference of adapters is their base, which is
+    there already.
     """
     share = DeviceShare.from_config(train, seq_len, analysis.mesh)
     n_bytes, tokens = share.compute_bytes, share.microbatch_tokens
-    n_params = count_params(teacher)
-    own_bytes = round(n_params * share.compute_weight_frac(teacher) * n_bytes)
-    gathered = share.count_gathered_params(teacher)
+    n_params = 0 if train.dpo_beta and spec.lora else count_params(frozen)
+    own_bytes = round(n_params * share.compute_weight_frac(frozen) * n_bytes)
+    gathered = share.count_gathered_params(frozen)
     received = gathered * (1 - 1 / share.n_fsdp) * n_bytes
-    width = 8 * teacher.d_model + 3 * teacher.active_d_ff / share.n_tensor
-    head = teacher.d_model * teacher.vocab_size / share.n_tensor
+    width = 8 * frozen.d_model + 3 * frozen.active_d_ff / share.n_tensor
+    head = frozen.d_model * frozen.vocab_size / share.n_tensor
     temporary = round((tokens * width + head) * n_bytes)
-    logits = 4 * teacher.vocab_size / share.n_tensor
-    per_token = teacher.n_layers * 2 * width * n_bytes + logits
+    logits = 4 * frozen.vocab_size / share.n_tensor
+    per_token = frozen.n_layers * 2 * width * n_bytes + logits
     traffic = 2 * gathered * n_bytes + tokens * per_token
-    flops = count_forward_flops_per_token(teacher, seq_len)
+    flops = count_forward_flops_per_token(frozen, seq_len)
     return dataclasses.replace(
         analysis,
-        teacher_bytes=own_bytes,
-        teacher_flops_per_token=flops,
+        frozen_bytes=own_bytes,
+        frozen_flops_per_token=flops,
         restore_bytes=analysis.restore_bytes + own_bytes,
         peak_bytes=analysis.peak_bytes + own_bytes + temporary,
         comm_bytes=analysis.comm_bytes + round(share.grad_accum_steps * received),

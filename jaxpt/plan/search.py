@@ -17,6 +17,7 @@ from jaxpt.plan import compile, cost, roofline
 from jaxpt.plan.cost import TargetPlan, format_cents, format_hours, format_mesh
 from jaxpt.plan.roofline import StateBytes, StepAnalysis
 from jaxpt.spec import ModelSpec, Record, UserError
+from jaxpt.train import step
 
 log = logging.getLogger(__name__)
 
@@ -190,9 +191,8 @@ def list_layouts(spec: ModelSpec, settings: Config, target: Target) -> list[Layo
     # axes that the config leaves open stay open: one recipe for any number of devices
     open_axes = {axis: -1 for axis, size in sizes.items() if size == -1}
     state = roofline.count_state_bytes(spec, settings.optim, settings.initialize.param_dtype)
-    distill_spec = cost.resolve_distill_spec(settings)
-    teacher = distill_spec.teacher if distill_spec else None
-    models = [model for model in (spec, teacher) if model]
+    frozen = step.find_frozen_spec(spec, settings.train, cost.resolve_distill_spec(settings))
+    models = [model for model in (spec, frozen) if model]
     layouts = []
     for mesh in iterate_meshes(spec, seq_len, target):
         shape = dataclasses.asdict(mesh)
@@ -206,7 +206,7 @@ def list_layouts(spec: ModelSpec, settings: Config, target: Target) -> list[Layo
                     settings.train, grad_accum_steps=grad_accum_steps, remat=remat
                 )
                 changed = dataclasses.replace(settings, mesh=mesh, train=train)
-                layouts.append(estimate_layout(spec, state, changed, target, shape, teacher))
+                layouts.append(estimate_layout(spec, state, changed, target, shape, frozen))
     return layouts
 
 
@@ -243,14 +243,14 @@ def estimate_layout(
     settings: Config,
     target: Target,
     shape: dict[str, int],
-    teacher: ModelSpec | None = None,
+    frozen: ModelSpec | None = None,
 ) -> Layout:
     """Return a layout with its estimated memory and step time."""
     train, seq_len = settings.train, settings.pack.seq_len
     attention = roofline.predict_attention_backend(seq_len, train, settings.mesh, target)
     analysis = roofline.estimate_step(spec, state, train, seq_len, shape, attention)
-    if teacher:
-        analysis = roofline.add_teacher(analysis, teacher, train, seq_len)
+    if frozen:
+        analysis = roofline.add_frozen(analysis, spec, frozen, train, seq_len)
     roof = roofline.compute_roofline(analysis, target, train)
     return Layout(settings, analysis, roof.expected_seconds)
 

@@ -16,6 +16,7 @@ from jaxpt.config import OptimConfig
 from jaxpt.model.transformer import Params
 from jaxpt.spec import UserError
 from jaxpt.train import optimizer
+from jaxpt.train.records import AverageRecord
 
 # The number of weights averaged, and beside it their sum or their moving average, float32, nested
 # and sharded as what trains. None in a run that averages nothing.
@@ -24,11 +25,13 @@ COUNT, SUM, EMA = "count", "sum", "ema"
 
 
 def find_window(optim: OptimConfig, n_steps: int) -> range:
-    """Return the updates, counted from 1, after which the weights join the average.
+    """Return the updates, counted from 1, after which the weights join the average, if any.
 
     Raises:
         UserError: the schedule has no constant phase of so many steps.
     """
+    if not optim.average:
+        return range(0)
     phase = optimizer.find_constant_phase(optim, n_steps)
     n = len(phase) if is_moving(optim) else int(optim.average)
     if not 0 < n <= len(phase):
@@ -38,6 +41,12 @@ def find_window(optim: OptimConfig, n_steps: int) -> range:
             "optim.schedule=wsd."
         )
     return phase[-n:]
+
+
+def describe_average(optim: OptimConfig, n_steps: int) -> AverageRecord | None:
+    """Return what a run's average is of; None without one."""
+    window = find_window(optim, n_steps)
+    return AverageRecord(optim.average, window[0], window[-1]) if window else None
 
 
 def is_moving(optim: OptimConfig) -> bool:

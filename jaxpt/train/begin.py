@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpt import initialize, io
+from jaxpt import initialize, io, stage
 from jaxpt.config import Config, InitializeConfig, LoraConfig, MixtureConfig, OptimConfig
 from jaxpt.data import loader
 from jaxpt.data.mixture import MixturePhase, schedule_from_history
@@ -24,13 +24,13 @@ from jaxpt.spec import LoraSpec, Manifest, ModelSpec, UserError
 from jaxpt.stage import read_manifest, read_spec
 from jaxpt.text import format_table
 from jaxpt.train import forgetting, gate, meter, metrics, optimizer, provenance, state, step
-from jaxpt.train.average import init_average
+from jaxpt.train.average import describe_average, init_average
 from jaxpt.train.context import RunContext
 from jaxpt.train.meter import LostWork
-from jaxpt.train.records import CheckpointRecord, TrainProgress
+from jaxpt.train.records import CheckpointRecord, HeldoutRecord, TrainProgress
 from jaxpt.train.state import TrainState
 from jaxpt.weights import checkpoint
-from jaxpt.weights.load import LoadedModel
+from jaxpt.weights.load import LoadedModel, list_sources
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +45,16 @@ class RunStart(NamedTuple):
         progress: the position.
         new_params: what the last growth added.
         mixture: in force: as configured, or as replay changed it.
-        parent_loss: source -> the parent's held-out nats per token; None where unknown.
+        parent: the parent's held-out losses; None where unknown.
+        reference: fingerprint of the model that DPO compares with; None: no other model.
     """
 
     spec: ModelSpec
     progress: TrainProgress
     new_params: NewParams
     mixture: MixtureConfig
-    parent_loss: dict[str, float] | None = None
+    parent: HeldoutRecord | None = None
+    reference: str | None = None
 
 
 class InitialModel(NamedTuple):
@@ -89,12 +91,13 @@ def read_start(run: RunContext, resumed: io.Path) -> RunStart:
     log.info(initialize.describe_model(spec))
     check_same_adapters(resumed, spec, run.config.lora)
     check_same_teacher(resumed, record, run)
+    check_same_reference(resumed, record, run, spec)
     for change in provenance.list_changed_settings(run.run_dir, run.config):
         log.warning(f"changed: {change}")
     warn_of_higher_rate(record, run.config, run.run_dir)
-    new_params = record.new_params or NewParamsRecord({}, 0, "none")
+    new_params = NewParams.from_record(record.new_params or NewParamsRecord({}, 0, "none"))
     mixture = forgetting.restore_replay(run.config.mixture, record.replay)
-    return RunStart(spec, progress, NewParams.from_record(new_params), mixture, record.parent_loss)
+    return RunStart(spec, progress, new_params, mixture, record.parent, record.reference)
 
 
 def read_lost_work(run_dir: io.Path, resumed: io.Path | None) -> LostWork:
@@ -132,7 +135,8 @@ def init_run(run: RunContext) -> InitialModel:
             io.copy_file(report, run.run_dir / "growth.json")
     model = add_adapters(run, model)
     state_now, progress, new_params = init_train_state(run, init._replace(model=model))
-    start = RunStart(model.spec, progress, new_params, config.mixture)
+    reference = fingerprint_reference(run, model.spec)
+    start = RunStart(model.spec, progress, new_params, config.mixture, reference=reference)
     is_grown = bool(init.parent) or gate.has_just_grown(model)
     return InitialModel(start, state_now, gate.describe_origin(model), is_grown)
 
@@ -157,6 +161,36 @@ def load_reference(run: RunContext, spec: ModelSpec) -> Params | None:
         config.initialize, config.model, run.mesh, run.dataset, run.measuring_batches
     )
     return copy_reference(run, spec, init.model.params)
+
+
+def fingerprint_reference(run: RunContext, spec: ModelSpec) -> str | None:
+    """Return the fingerprint of what `load_reference` reads; None: not needed.
+
+    Of a run that is its newest checkpoint: the run may train on.
+    """
+    if not step.has_reference_params(run.config.train, spec):
+        return None
+    section = run.config.initialize
+    found = []
+    for name, source in list_sources(section.source, "initialize", section.base).items():
+        weights = checkpoint.find_checkpoint(source)
+        known = weights is None and run.fingerprints.get(name)
+        found.append(known or stage.fingerprint_path(weights or source))
+    return stage.fingerprint([found, section.grow, section.param_dtype])
+
+
+def check_same_reference(
+    resumed: io.Path, record: CheckpointRecord, run: RunContext, spec: ModelSpec
+) -> None:
+    """Raise UserError unless DPO goes on with the reference that it began with."""
+    got = fingerprint_reference(run, spec)
+    if record.reference != got:
+        raise UserError(
+            f"train.dpo_beta: expected the reference {record.reference or 'none'}, which {resumed} "
+            f"was tuned from, got {got or 'none'}: {run.config.initialize.source} as it is now. "
+            "Name the checkpoint that the run began with as initialize.source, or use another "
+            "--workdir."
+        )
 
 
 def add_adapters(run: RunContext, model: LoadedModel) -> LoadedModel:
@@ -208,7 +242,7 @@ def verify_init(run: RunContext, init: InitResult, parent: LoadedModel) -> None:
         section.grow,
         init.growths,
         run.mesh,
-        seq_len=run.heldout.seq_len,
+        seq_len=run.dataset.seq_len,
         heldout=run.heldout,
         batches=run.measuring_batches,
         moments=section.moments if section.mode == "grow" else "fresh",
@@ -243,8 +277,8 @@ def end_as_documents(model: LoadedModel, dataset: loader.PackedDataset) -> Loade
     return model._replace(spec=model.spec.replace(eos_ids=(*ids, *added)))
 
 
-def read_parent_losses(run_dir: io.Path, n_sequences: int) -> dict[str, float] | None:
-    """Return the parent's held-out losses on n sequences per source, as its growth recorded them.
+def read_parent_losses(run_dir: io.Path, heldout: gate.HeldoutData) -> dict[str, float] | None:
+    """Return the parent's losses on these sequences, as its growth recorded them.
 
     None if it did not, or on others.
     """
@@ -254,9 +288,11 @@ def read_parent_losses(run_dir: io.Path, n_sequences: int) -> dict[str, float] |
     try:
         report = io.read_json(path)
         losses = report["heldout_loss"]
-        if not losses or report["heldout_sequences"] != n_sequences:
+        measured_on = report["heldout_sequences"], report["heldout_seq_len"]
+        if not losses or measured_on != (heldout.n_sequences, heldout.seq_len):
             return None
-        return dict(losses["parent"])
+        parent = losses["parent"]
+        return {name: parent[name] for name in heldout.dataset.names if name in parent}
     except (UserError, KeyError, TypeError, ValueError):
         log.warning(f"{path}: cannot be read; the parent's losses are measured again.")
         return None
@@ -305,7 +341,8 @@ def continue_state(
     config, section = run.config, run.config.initialize
     spec = init.growths[0].spec if init.growths else init.model.spec
     abstract = state.make_abstract_state(spec, config.optim, run.mesh, section.param_dtype)
-    restored = state.restore_state(source, init.model.params, abstract)
+    average = describe_average(config.optim, config.train.steps)
+    restored = state.restore_state(source, init.model.params, abstract, average)
     recorded = record.new_params or NewParamsRecord({}, 0, "none")
     new_params = NewParams.from_record(recorded)
     for i, grown in enumerate(init.growths):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import jax
@@ -19,8 +19,8 @@ from jaxpt.growth.growth import ReadBatches
 from jaxpt.sharding import check_batch_divides
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.text import name_some
-from jaxpt.train import gate, optimizer, shapes, webhook, writers
-from jaxpt.train.step import DistillSpec
+from jaxpt.train import average, gate, optimizer, shapes, webhook, writers
+from jaxpt.train.step import DistillSpec, find_frozen_spec
 from jaxpt.train.teacher import Teacher, open_teacher
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class RunContext:
         started: time.monotonic() at the start, from which time and money count.
         teacher: that the run learns from, if there is one.
         lock: on the run directory, where this process holds it.
+        fingerprints: of inputs by name, where they are known already.
     """
 
     config: Config
@@ -67,6 +68,7 @@ class RunContext:
     started: float
     teacher: Teacher | None = None
     lock: io.Lock | None = None
+    fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def distill_spec(self) -> DistillSpec | None:
@@ -74,9 +76,10 @@ class RunContext:
         return self.teacher.distill_spec if self.teacher else None
 
     def estimate_cost(self, spec: ModelSpec, seq_len: int) -> DeviceCost:
-        """Return what a device costs and can do for a model and the teacher's forward pass."""
+        """Return what a device costs and can do for a model, frozen ones included."""
         cost = self.estimate_device_cost(spec, seq_len)
-        return self.teacher.add_cost(cost, seq_len) if self.teacher else cost
+        frozen = find_frozen_spec(spec, self.config.train, self.distill_spec)
+        return cost.add_forward(frozen, seq_len) if frozen else cost
 
 
 def open_run(
@@ -87,14 +90,17 @@ def open_run(
     estimate_device_cost: EstimateCost = no_cost,
     started: float | None = None,
     lock: io.Lock | None = None,
+    fingerprints: Mapping[str, str] | None = None,
 ) -> RunContext:
-    """Open the packed sequences of a run.
+    """Open the packed sequences of a run. For the arguments see RunContext.
 
     Raises:
-        UserError: their length is not pack.seq_len, or there is no such optimizer, or
-            wandb is asked for and not installed, or the teacher is not of these sequences.
+        UserError: their length is not pack.seq_len, or there is no such optimizer or window of
+            averaged weights, or wandb is asked for and not installed, or the teacher is not of
+            these sequences.
     """
     optimizer.check_name(config.optim)
+    average.find_window(config.optim, config.train.steps)  # raises if the schedule has none
     if config.train.wandb_project:
         writers.check_wandb()
     webhook.read_url()  # raises if it is none
@@ -129,8 +135,9 @@ def open_run(
         ),
         estimate_device_cost=estimate_device_cost,
         started=started or time.monotonic(),
-        teacher=open_teacher(config, dataset, mesh),
+        teacher=open_teacher(config, dataset, mesh, fingerprints or {}),
         lock=lock,
+        fingerprints=fingerprints or {},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -107,10 +108,16 @@ class HeldoutData:
             self.dataset, name, place, batch_size, n_sequences, self.document_mask, self.seq_len
         )
 
-    def cut_to(self, length: int) -> None:
-        """Measure on the longest equal parts of packed sequences up to `length`."""
-        packed = self.dataset.seq_len
-        self.seq_len = max(n for n in range(1, min(packed, length) + 1) if packed % n == 0)
+    def cut_to(self, length: int) -> HeldoutData:
+        """Return the same, in the longest equal parts of at most `length` tokens."""
+        whole = self.dataset.seq_len
+        cut = copy.copy(self)  # the compiled steps are shared
+        cut.seq_len = max(n for n in range(1, min(whole, length) + 1) if whole % n == 0)
+        return cut
+
+    def cut_for(self, *specs: ModelSpec) -> HeldoutData:
+        """Return the same, in parts that these models all read."""
+        return self.cut_to(min(self.seq_len, *(spec.max_seq_len for spec in specs)))
 
     def round_batch_size(self, n: int) -> int:
         """Return the next number of sequences that the mesh shards evenly."""
@@ -118,33 +125,28 @@ class HeldoutData:
         return -(-n // shards) * shards
 
     def to_record(self, losses: dict[str, float]) -> dict[str, Any]:
-        """Return what a checkpoint keeps of these losses, for `find_recorded_losses`."""
+        """Return what a checkpoint keeps of these losses, for `find_recorded_losses`.
+
+        They may be of all sources here, or of some.
+        """
+        sources = {name: self.dataset.sources[name].fingerprint for name in losses}
         return {
             "losses": losses,
-            "fingerprint": self.dataset.fingerprint,
+            "fingerprint": fingerprint(["heldout", sources]),  # as the loader's of these alone
             "n_sequences": self.n_sequences,
             "document_mask": self.document_mask,
             "seq_len": self.seq_len,
         }
 
     def find_recorded_losses(self, record: dict[str, Any]) -> dict[str, float]:
-        """Return a model's recorded losses if they are of these sequences, else none.
-
-        They may be of all sources here, or of some.
-        """
+        """Return a model's recorded losses if they are of these sequences, else none."""
         found = record.get("heldout")
         if not found:
             return {}
         losses = found["losses"]
         if not losses.keys() <= set(self.dataset.names):
             return {}
-        fingerprints = {}
-        for name in sorted(losses):
-            fingerprints[name] = self.dataset.sources[name].fingerprint
-        expected = self.to_record(losses)
-        # as the loader fingerprints these sources alone
-        expected["fingerprint"] = fingerprint(["heldout", fingerprints])
-        return losses if found == expected else {}
+        return losses if found == self.to_record(losses) else {}
 
 
 # ---- before the first update of a model that comes with weights
@@ -160,9 +162,9 @@ def check_parent(
     """
     if heldout is None:
         return
-    heldout.cut_to(min(heldout.seq_len, parent.spec.max_seq_len))
     if any(parse_operator(text).operator is new_tokenizer for text in section.grow):
         return
+    heldout = heldout.cut_for(parent.spec)
     check_initial_loss(
         heldout, parent.spec, parent.params, describe_origin(parent), has_just_grown(parent)
     )
@@ -414,8 +416,8 @@ def estimate_bits_per_byte(
     """Estimate likelihood.measure_bits_per_byte: nats of a few sequences' text x tokens per byte.
 
     The manifest counts text tokens and, per document, an end and (where the tokenizer has one) a
-    beginning of sequence. Its bytes include what pack.method course drops at the end of a source:
-    less than one sequence.
+    beginning of sequence; a pair is two documents. Its bytes include what pack.method course drops
+    at the end of a source: less than one sequence.
     """
     batch = heldout.read_small_batch(name)
     special = heldout.dataset.special_tokens
@@ -423,11 +425,11 @@ def estimate_bits_per_byte(
     text_only = batch._replace(loss_mask=batch.loss_mask * is_text)
     counts = heldout.dataset.counts[name]
     first_token = heldout.dataset.read_sequence(name, 0).tokens[0]
-    n_special = counts.n_documents
+    n_special = counts.n_documents + counts.n_pairs
     if first_token == special.bos_id:
         n_special *= 2
     n_tokens = counts.n_tokens - n_special
-    tokens_per_byte = n_tokens / counts.n_text_bytes
+    tokens_per_byte = n_tokens / (counts.n_text_bytes + counts.n_rejected_bytes)
     dtype = heldout.compute_dtype
     nats = diagnosis.measure_nats_per_token(spec, params, text_only, dtype)
     return nats / math.log(2) * tokens_per_byte

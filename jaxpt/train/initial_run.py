@@ -130,6 +130,7 @@ def describe_request(
     del section["source"]
     request = {"initialize": section, "probe_steps": probe_steps}
     if source:
+        request["base_shape"] = config.model.base_shape
         inputs |= list_sources(source, "initialize", config.initialize.base)
     else:
         request["model"] = dataclasses.asdict(config.model)
@@ -213,7 +214,10 @@ class ShortTraining:
         params = jax.tree.map(jnp.copy, params)  # the step takes its state over
         now = state.init_state(params, spec, optim, self.mesh)
         if (spec, n_steps) not in self.steps:
-            settings = dataclasses.replace(train, steps=n_steps, grow=())
+            # of preference pairs both answers are learnt: a grown model has no reference
+            settings = dataclasses.replace(
+                train, steps=n_steps, grow=(), shape_schedule=(), dpo_beta=0.0
+            )
             built = step.build_step(spec, settings, optim, dataset.seq_len, self.mesh)
             self.steps[spec, n_steps] = built
         for batch in batches:
@@ -236,6 +240,7 @@ def check_import(
         vocab_size = encoder.vocab_size
         keeps_text = encoder.keeps_text()
     if heldout:
+        heldout = heldout.cut_for(model.spec)
         vocab_size = heldout.dataset.vocab_size
     with logs.announce_if_slow(log, "initialize: measuring the imported model"):
         gate.log_import_check(model.spec, model.params, heldout, vocab_size, keeps_text)

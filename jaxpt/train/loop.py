@@ -83,7 +83,8 @@ def train_run(
     if result.is_finished(run_dir, request, verify):
         return
     mesh = sharding.make_mesh(config.mesh)
-    run = open_run(config, run_dir, packed, mesh, estimate_device_cost, started, lock)
+    known = {name: found["fingerprint"] for name, found in request.inputs.items()}
+    run = open_run(config, run_dir, packed, mesh, estimate_device_cost, started, lock, known)
     agreement.check_data(run)
     session = start_session(run)
     result.remove_manifest(run_dir)  # only now: a start that was refused changes nothing

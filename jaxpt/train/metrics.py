@@ -175,12 +175,13 @@ class MetricsLogger:
         self,
         step: int,
         losses: dict[str, float],
+        seq_len: int,
         parent: dict[str, float] | None,
         average: dict[str, float] | None = None,
     ) -> None:
         """Write held-out nats per token by source, the parent's and the averaged weights'."""
         sums = vars(self.meter.read())
-        self.write_record(HeldoutMetrics(step, losses, parent or None, average, **sums))
+        self.write_record(HeldoutMetrics(step, losses, seq_len, parent or None, average, **sums))
         parts = []
         for name, loss in losses.items():
             part = f"{name} {loss:.4f}"

@@ -79,7 +79,8 @@ class HeldoutMetrics(RunSums):
 
     step: int
     heldout_loss: dict[str, float]  # source -> nats per token
-    parent_loss: dict[str, float] | None = None  # the parent's on the same sequences
+    seq_len: int  # of the parts that packed sequences are cut into
+    parent_loss: dict[str, float] | None = None  # the parent's on the same parts; None: not known
     average_loss: dict[str, float] | None = None  # of the averaged weights
     kind: str = "heldout"
 
@@ -193,6 +194,15 @@ class HeldoutRecord(Record):
 
 
 @dataclasses.dataclass(frozen=True)
+class AverageRecord(Record):
+    """What an average of the weights is of."""
+
+    knob: float  # optim.average: steps, or the decay of a moving average
+    first: int  # update after which weights join it, counted from 1
+    last: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ReplayPhases(Record):
     """mixture.phases as configured, and as train.on_forgetting=replay changed them."""
 
@@ -210,10 +220,12 @@ class CheckpointRecord(Record):
     mixture_seed: int | None = None
     optimizer: str | None = None  # optim.name
     teacher: str | None = None  # fingerprint of its files; None: there is none
+    reference: str | None = None  # fingerprint of DPO's, where it is no part of the model
     moment_dtype: str | None = None  # optim.moment_dtype
     lr: float | None = None  # of the last step
     new_params: NewParamsRecord | None = None
-    parent_loss: dict[str, float] | None = None  # source -> the parent's held-out nats per token
+    parent: HeldoutRecord | None = None  # the parent's losses
+    average: AverageRecord | None = None  # None: no weights are averaged
     replay: ReplayPhases | None = None
     heldout: HeldoutRecord | None = None  # None: not measured at this step
 

@@ -25,6 +25,7 @@ from jaxpt.model.transformer import Params
 from jaxpt.spec import Batch, ModelSpec, UserError
 from jaxpt.train import agreement, begin, distributed, gate, provenance, shapes, state, step
 from jaxpt.train import teacher as teachers
+from jaxpt.train.average import describe_average
 from jaxpt.train.begin import InitialModel, RunStart
 from jaxpt.train.context import RunContext
 from jaxpt.train.meter import LostWork, Meter, SignOfLife
@@ -35,7 +36,7 @@ from jaxpt.train.metrics import (
     MetricsLogger,
     find_most_read,
 )
-from jaxpt.train.records import RunSums, TrainProgress
+from jaxpt.train.records import HeldoutRecord, RunSums, TrainProgress
 from jaxpt.train.shapes import StepShape, find_largest
 from jaxpt.train.state import TrainState
 from jaxpt.train.webhook import Webhook
@@ -71,11 +72,12 @@ def resume_session(run: RunContext, directory: io.Path, lost: LostWork = LostWor
     session = Session(run, begin.read_start(run, directory), lost)
     session.reference = begin.load_reference(run, session.spec)
     # the checkpoint is read while the step is compiled, or read from the cache
+    average = describe_average(run.config.optim, run.config.train.steps)
     with session.explain_start(), concurrent.futures.ThreadPoolExecutor(1) as executor:
-        compiled = executor.submit(session.compile_step)
+        compiled = executor.submit(session.compile_steps)
         abstract = session.make_abstract_state()
         params = checkpoint.restore_tree(directory, checkpoint.PARAMS, abstract.params)
-        session.state = state.restore_state(directory, params, abstract)
+        session.state = state.restore_state(directory, params, abstract, average)
         session.train_step = compiled.result()
     agreement.wait_for_compilation()
     session.is_new_step = True  # no warm-up step has tried its memory
@@ -117,8 +119,10 @@ class Session:
         compiled: shape -> train step, of the model as it is.
         batch_shape: of the batches that are read.
         reference: parameters of the model that DPO compares with, if it is no part of this one.
+        reference_fingerprint: of where they are from.
         new_params: what the last growth added.
-        parent_loss: source -> the parent's held-out nats per token; None where unknown.
+        heldout: what losses are measured on, cut as the batches.
+        parent: the parent's held-out losses; None where unknown.
         mixture: in force: as configured, or as replay changed it.
         schedule: which sequence is read when.
         batches: from the position on.
@@ -154,7 +158,8 @@ class Session:
         self.run = run
         self.spec = start.spec
         self.new_params = start.new_params
-        self.parent_loss = start.parent_loss
+        self.parent = start.parent
+        self.reference_fingerprint = start.reference
         self.mixture = start.mixture
         self.step = start.progress.step
         self.n_sequences = start.progress.n_sequences
@@ -167,14 +172,14 @@ class Session:
         self.scalars: HostScalars = {}
         self.heldout_losses: dict[str, float] | None = None
         self.is_diverged = False
-        self.is_new_step = False  # compiled, but its memory was never tried
+        self.is_new_step = False  # perhaps its memory was never tried
         self.saved: io.Path | None = None
         self.exit_status: int | None = None
         self.dispatched = 0.0
         self.failure = ""
         self.compiled: dict[StepShape, Any] = {}
         self.batch_shape = self.shape
-        run.heldout.seq_len = self.shape.seq_len
+        self.heldout = run.heldout.cut_to(self.shape.seq_len)
         cost = run.estimate_cost(start.spec, self.shape.seq_len)
         self.meter = Meter(
             lost.add_to(start.progress.sums, cost),
@@ -234,6 +239,12 @@ class Session:
     # ---- data
 
     @property
+    def parent_loss(self) -> dict[str, float] | None:
+        """Return source -> the parent's nats per token on the same sequences; None: not known."""
+        record = {"heldout": vars(self.parent)} if self.parent else {}
+        return self.heldout.find_recorded_losses(record) or None
+
+    @property
     def n_sequences_at_end(self) -> int:
         """Return how many packed sequences the run will have read after its last step."""
         n_tokens = shapes.count_tokens(self.run.config, self.step)
@@ -289,12 +300,17 @@ class Session:
 
     def change_shape(self) -> None:
         """Read batches of the next step's shape from here on, with a program for them."""
-        run, shape = self.run, self.shape
-        self.batch_shape, run.heldout.seq_len = shape, shape.seq_len
+        run, shape, was_compared = self.run, self.shape, self.parent_loss is not None
+        self.batch_shape, self.heldout = shape, run.heldout.cut_to(shape.seq_len)
         self.batches.close()
         self.batches = self.read_batches()
         self.meter.cost = run.estimate_cost(self.spec, shape.seq_len)
         log.info(f"batch: {shape.batch_size} sequences x {shape.seq_len} tokens from here on")
+        if was_compared and self.parent_loss is None:
+            log.info(
+                "forgetting: the parent was measured on sequences of another length, so the run is "
+                "not compared with it from here on"
+            )
         self.recompile()
 
     def list_next_shapes(self) -> list[StepShape]:
@@ -345,13 +361,18 @@ class Session:
             self.compiled[shape] = lambda state, batch: compiled(state, batch, *more)
         return self.compiled[shape]
 
+    def compile_steps(self) -> Any:
+        """Return the train step of the next shape, with those of `list_next_shapes` compiled."""
+        for shape in self.list_next_shapes():
+            self.compile_step(shape)
+        return self.compile_step()
+
     def recompile(self) -> None:
         """Take the train step of the model and the shape as they are now."""
-        if self.shape in self.compiled:
-            self.train_step = self.compiled[self.shape]
-            return
-        with self.explain_start():
-            self.train_step = self.compile_step()
+        if self.shape not in self.compiled:
+            with self.explain_start():
+                self.compile_step()
+        self.train_step = self.compile_step()
         self.is_new_step = True
 
     def make_abstract_state(self) -> TrainState:
@@ -475,16 +496,17 @@ def check_initial_loss(session: Session, initial: InitialModel) -> None:
     if section.source == "random" and not section.grow:
         return
     spec, params = session.spec, session.state.params
-    recorded = begin.read_parent_losses(run.run_dir, run.config.train.eval_sequences)
+    heldout = session.heldout
+    recorded = begin.read_parent_losses(run.run_dir, heldout)
     if section.source == "random" or section.mode != "continue":
         # untrained weights, or a run's own on the sequences that it was reading
-        losses = run.heldout.measure_losses(spec, params)
+        losses = heldout.measure_losses(spec, params)
     else:
         losses = gate.check_initial_loss(
-            run.heldout, spec, params, initial.record, initial.is_grown, recorded
+            heldout, spec, params, initial.record, initial.is_grown, recorded
         )
-    session.parent_loss = recorded or losses
-    session.metrics.log_heldout(session.step, losses, session.parent_loss)
+    session.parent = HeldoutRecord(**heldout.to_record(recorded or losses))
+    session.metrics.log_heldout(session.step, losses, heldout.seq_len, session.parent_loss)
 
 
 def log_fast_paths(

@@ -20,9 +20,11 @@ from jaxpt.model.param import subtree_like
 from jaxpt.model.transformer import Params
 from jaxpt.sharding import fit_sharding, make_replicated_sharding
 from jaxpt.spec import ModelSpec
+from jaxpt.stage import read_manifest
 from jaxpt.train import optimizer
-from jaxpt.train.average import init_average, make_abstract_average
+from jaxpt.train.average import Average, init_average, make_abstract_average
 from jaxpt.train.low_precision import pack_state, unpack_state
+from jaxpt.train.records import AverageRecord, CheckpointRecord
 from jaxpt.weights import checkpoint
 
 log = logging.getLogger(__name__)
@@ -132,21 +134,40 @@ def rest_of_state(state: TrainState) -> dict[str, Any]:
     return rest
 
 
-def restore_state(directory: io.Path, params: Params, abstract: TrainState) -> TrainState:
+def restore_state(
+    directory: io.Path,
+    params: Params,
+    abstract: TrainState,
+    average: AverageRecord | None = None,
+) -> TrainState:
     """Return a checkpoint's state around parameters that are already loaded, and perhaps grown.
-
-    An average begins anew where none is stored.
 
     Args:
         directory: the checkpoint.
         params: the parameters.
         abstract: `make_abstract_state` of what is stored.
+        average: what an average is to be of.
     """
     rest = checkpoint.restore_tree(directory, checkpoint.TRAIN_STATE, rest_of_state(abstract))
-    average = init_average(abstract.average)
-    if average and io.exists(directory / checkpoint.AVERAGE):
-        average = checkpoint.restore_tree(directory, checkpoint.AVERAGE, abstract.average)
-    return TrainState(params=params, average=average, **rest)
+    restored = restore_average(directory, abstract.average, average)
+    return TrainState(params=params, average=restored, **rest)
+
+
+def restore_average(
+    directory: io.Path, abstract: Average | None, expected: AverageRecord | None
+) -> Average | None:
+    """Return a checkpoint's average; one of no weights yet unless it is of the same updates.
+
+    Another number of steps moves them, and weights from before are then no part of the mean.
+    """
+    if abstract is None:
+        return None
+    record = CheckpointRecord.from_json(read_manifest(directory).counts, str(directory))
+    if record.average == expected:
+        return checkpoint.restore_tree(directory, checkpoint.AVERAGE, abstract)
+    if record.average:
+        log.warning(f"optim.average: {directory} averages other updates; the average begins anew")
+    return init_average(abstract)
 
 
 class GrownState(NamedTuple):

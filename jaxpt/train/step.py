@@ -162,7 +162,7 @@ def update_average(
     good: jax.Array,
 ) -> Any:
     """Return the average of the weights after a step, which takes them in its window if good."""
-    window = find_window(optim, train.steps) if optim.average else range(0)
+    window = find_window(optim, train.steps)
     n = state.step + 1
     takes = good & (n >= window.start) & (n < window.stop)
     return add_weights(state.average, select_trained(spec, params), optim, takes)
@@ -171,6 +171,15 @@ def update_average(
 def has_reference_params(train: TrainConfig, spec: ModelSpec) -> bool:
     """Return whether a step takes the parameters of a reference, beside the model's own."""
     return train.dpo_beta > 0 and not spec.lora
+
+
+def find_frozen_spec(
+    spec: ModelSpec, train: TrainConfig, distill_spec: DistillSpec | None
+) -> ModelSpec | None:
+    """Return the model that a step runs forward beside its own: a teacher, or DPO's reference."""
+    if train.dpo_beta:
+        return spec.replace(lora=None)
+    return distill_spec.teacher if distill_spec else None
 
 
 def count_targets(train: TrainConfig, batch: Batch) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,6 @@ from jaxpt import io, stage
 from jaxpt.config import Config, DistillConfig, MixtureConfig
 from jaxpt.data import loader, teacher_samples
 from jaxpt.data.teacher_samples import SampleReader
-from jaxpt.flops import DeviceCost, count_forward_flops_per_token
 from jaxpt.initialize import describe_model
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train import gate
@@ -36,13 +36,6 @@ class Teacher(NamedTuple):
     distill_spec: DistillSpec
     model: LoadedModel | None = None
     samples: SampleReader | None = None
-
-    def add_cost(self, cost: DeviceCost, seq_len: int) -> DeviceCost:
-        """Return the cost of a step with the teacher's forward pass in it."""
-        if not self.model or cost.flops_per_token is None:
-            return cost
-        forward = count_forward_flops_per_token(self.model.spec, seq_len)
-        return cost._replace(flops_per_token=cost.flops_per_token + forward)
 
     def check(self, heldout: gate.HeldoutData) -> None:
         """Log the teacher's held-out losses. Raise UserError where it knows nothing of the text."""
@@ -81,9 +74,18 @@ def list_inputs(section: DistillConfig) -> dict[str, io.Path]:
 
 
 def open_teacher(
-    config: Config, dataset: loader.PackedDataset, mesh: jax.sharding.Mesh
+    config: Config,
+    dataset: loader.PackedDataset,
+    mesh: jax.sharding.Mesh,
+    fingerprints: Mapping[str, str],
 ) -> Teacher | None:
     """Open config.distill.teacher; None if it names none.
+
+    Args:
+        config: the recipe.
+        dataset: the sequences.
+        mesh: the devices.
+        fingerprints: of inputs that are hashed already, by the names of `list_inputs`.
 
     Raises:
         UserError: it is not there, has another tokenizer, is too short for the sequences, does not
@@ -95,9 +97,9 @@ def open_teacher(
     if is_sampled(section.teacher):
         return open_samples(config, dataset)
     model = load_teacher(section.teacher, config.train.compute_dtype, dataset, mesh)
-    found = list_inputs(section).values()
-    fingerprint = stage.fingerprint(list(map(stage.fingerprint_path, found)))
-    return Teacher(fingerprint, DistillSpec(section, model.spec), model)
+    inputs = list_inputs(section).items()
+    found = [fingerprints.get(name) or stage.fingerprint_path(path) for name, path in inputs]
+    return Teacher(stage.fingerprint(found), DistillSpec(section, model.spec), model)
 
 
 def is_sampled(source: str) -> bool:
@@ -147,21 +149,12 @@ def check_fits(source: str, model: LoadedModel, dataset: loader.PackedDataset) -
 
 def open_samples(config: Config, dataset: loader.PackedDataset) -> Teacher:
     """Open samples of a teacher. Raise UserError unless they are of this run's sequences."""
+    check_sampled(config)
     section = config.distill
     samples = SampleReader(section.teacher)
     counts = samples.counts
     packed = find_read_sources(config.mixture, dataset)
     samples.check_sequences(packed, config.mixture.document_mask)
-    if section.direction == "reverse":
-        raise UserError(
-            f"distill.direction: reverse needs all of the teacher's probabilities, and "
-            f"{section.teacher} holds samples. Use forward, or name the model itself."
-        )
-    if config.train.shape_schedule:
-        raise UserError(
-            f"train.shape_schedule: cuts sequences, and {section.teacher} holds samples of whole "
-            "ones. Leave it out, or name the model itself as distill.teacher."
-        )
     if section.temperature != counts.temperature:
         raise UserError(
             f"distill.temperature: expected {counts.temperature:g}, at which {section.teacher} was "
@@ -173,6 +166,20 @@ def open_samples(config: Config, dataset: loader.PackedDataset) -> Teacher:
     )
     distill_spec = DistillSpec(section, None, counts.n_samples, counts.vocab_size)
     return Teacher(samples.fingerprint, distill_spec, samples=samples)
+
+
+def check_sampled(config: Config) -> None:
+    """Raise UserError for a run that cannot learn from samples."""
+    if config.distill.direction == "reverse":
+        raise UserError(
+            "distill.direction: reverse needs all of the teacher's probabilities, and samples are "
+            "a part of them. Use forward, or train with the model itself as distill.teacher."
+        )
+    if config.train.shape_schedule:
+        raise UserError(
+            "train.shape_schedule: cuts sequences, and samples are of whole ones. Leave it out, or "
+            "train with the model itself as distill.teacher."
+        )
 
 
 def find_read_sources(mixture: MixtureConfig, dataset: loader.PackedDataset) -> dict[str, str]:

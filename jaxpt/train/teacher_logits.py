@@ -18,20 +18,19 @@ from jaxpt.data.teacher_samples import SampleCounts, SampledSource
 from jaxpt.model import distill, loss, transformer
 from jaxpt.sharding import check_batch_divides, make_batch_sharding, make_mesh
 from jaxpt.spec import Batch, Manifest, TeacherSamples, UserError
-from jaxpt.train import gate, step, teacher
+from jaxpt.train import distributed, gate, step, teacher
 from jaxpt.weights.load import LoadedModel
 
 log = logging.getLogger(__name__)
 
 SEED = 0  # of the draws, each of which depends on its source and its place in it besides
-DEFAULT_SAMPLES = 32
 
 
 def sample_sequences(
     config: Config,
     packed: list[str],
     out: io.Path,
-    n_samples: int = DEFAULT_SAMPLES,
+    n_samples: int,
     replace: bool = False,
     verify: bool = False,
 ) -> Manifest:
@@ -51,6 +50,7 @@ def sample_sequences(
             f"distill.teacher: expected a model to sample, got {section.teacher or 'none'}. Name a "
             "run, a checkpoint, a Hugging Face directory or hf:NAME."
         )
+    teacher.check_sampled(config)
     if n_samples < 1:
         raise UserError(f"--samples: expected at least 1, got {n_samples}.")
     dataset = loader.open_packed(packed)
@@ -99,7 +99,7 @@ def run_teacher(
     """Write the files that a directory does not hold yet. Return the counts."""
     train, mixture = config.train, config.mixture
     mesh = make_mesh(config.mesh)
-    check_batch_divides(mesh, train.batch_size, 1, dataset.seq_len)
+    check_batch_divides(mesh, train.batch_size, train.grad_accum_steps, dataset.seq_len)
     model = teacher.load_teacher(config.distill.teacher, train.compute_dtype, dataset, mesh)
     heldout = gate.HeldoutData(packed, train, mixture.document_mask, mesh)
     if heldout.dataset.names:
@@ -116,7 +116,10 @@ def run_teacher(
     draw = make_draw(model, config, dataset.seq_len, n_samples, mesh)
     files = counts.list_files()
     n_tokens = dataset.seq_len * sum(len(rows) for _, rows in files.values())
-    with stage.progress_bar(teacher_samples.STAGE, n_tokens, "tokens") as advance:
+    with (
+        distributed.explain_out_of_memory(train, dataset.seq_len),
+        stage.progress_bar(teacher_samples.STAGE, n_tokens, "tokens") as advance,
+    ):
         for file, (name, rows) in files.items():
             if io.size(directory / file) != len(rows) * counts.row_bytes:
                 batches = iterate_rows(config, dataset, name, rows, mesh)
@@ -137,7 +140,7 @@ def iterate_rows(
     config: Config, dataset: loader.PackedDataset, name: str, rows: range, mesh: jax.sharding.Mesh
 ) -> Any:
     """Yield (batch, places [B]) of consecutive sequences, the last batch filled up."""
-    batch_size = config.train.batch_size
+    batch_size = config.train.batch_size // config.train.grad_accum_steps
     sharding = make_batch_sharding(mesh)
     for start in range(rows.start, rows.stop, batch_size):
         places = np.arange(start, start + batch_size, dtype=np.uint32)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from jaxpt.train import distributed, forgetting, provenance, state
+from jaxpt.train.average import describe_average
 from jaxpt.train.hooks.hook import Hook
 from jaxpt.train.records import CheckpointRecord, HeldoutRecord
 from jaxpt.train.session import Session
@@ -112,7 +113,7 @@ def make_checkpoint_record(session: Session) -> CheckpointRecord:
     run = session.run
     heldout = None
     if session.heldout_losses:  # what a later start from this checkpoint is compared with
-        heldout = HeldoutRecord.from_json(run.heldout.to_record(session.heldout_losses))
+        heldout = HeldoutRecord(**session.heldout.to_record(session.heldout_losses))
     return CheckpointRecord(
         step=session.step,
         progress=session.make_progress(),
@@ -120,10 +121,12 @@ def make_checkpoint_record(session: Session) -> CheckpointRecord:
         mixture_seed=run.config.mixture.seed,
         optimizer=run.config.optim.name,
         teacher=run.teacher.fingerprint if run.teacher else None,
+        reference=session.reference_fingerprint,
         moment_dtype=run.config.optim.moment_dtype,
         lr=float(session.scalars["lr"]),
         new_params=session.new_params.to_record(),
-        parent_loss=session.parent_loss,
+        parent=session.parent,
+        average=describe_average(run.config.optim, run.config.train.steps),
         replay=forgetting.record_replay(run.config.mixture, session.mixture),
         heldout=heldout,
     )

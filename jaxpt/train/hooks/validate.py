@@ -18,10 +18,11 @@ class Validate(Hook):
     def after_step(self, session: Session) -> None:
         """Measure and log the losses by source, beside the parent's."""
         with session.meter.spend_on("evaluation_seconds"):
-            losses = session.run.heldout.measure_losses(session.spec, session.state.params)
+            losses = session.heldout.measure_losses(session.spec, session.state.params)
             averaged = self.measure_average(session)
         session.heldout_losses = losses
-        session.metrics.log_heldout(session.step, losses, session.parent_loss, averaged)
+        seq_len = session.heldout.seq_len
+        session.metrics.log_heldout(session.step, losses, seq_len, session.parent_loss, averaged)
 
     def measure_average(self, session: Session) -> dict[str, float] | None:
         """Return the losses of the averaged weights, if there are any."""
@@ -29,4 +30,4 @@ class Validate(Hook):
         if weights is None:
             return None
         params = replace_subtree(session.state.params, weights)
-        return session.run.heldout.measure_losses(session.spec, params)
+        return session.heldout.measure_losses(session.spec, params)
