@@ -163,8 +163,8 @@ def int8_fwd(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
 def round_to_int8(x: Array, axis: int) -> tuple[Array, Array]:
     """Return x in int8, and its float32 scales: what those are to be multiplied by."""
     x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis, keepdims=True)
-    scale = jnp.where(largest == 0, 1, largest / MAX_INT8)
+    # where all entries are 0 so is the scale, and a product is 0 whatever 0 / 0 becomes in int8
+    scale = jnp.max(jnp.abs(x), axis, keepdims=True) / MAX_INT8
     return jnp.round(x / scale).astype(jnp.int8), scale
 
 
