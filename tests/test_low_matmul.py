@@ -264,12 +264,12 @@ def test_a_mesh_and_micro_batches_give_the_curve_of_one_device(one, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_a_training_of_500_steps_ends_within_one_percent_of_bfloat16(seed):
-    plain = benchmark.train("compute", seed, 500)
-    assert plain < 2.6, "it has learnt"
+def test_a_training_of_500_steps_ends_within_one_percent_of_bfloat16():
+    """One of the seeds of benchmarks/low_matmul.py, whose figures docs/train.md has."""
+    plain = benchmark.train("compute", 0, 500)
+    assert plain < 2, "it has learnt"
     for dtype in LOW:
-        assert benchmark.train(dtype, seed, 500) < 1.01 * plain
+        assert benchmark.train(dtype, 0, 500) < 1.01 * plain
 
 
 # ---- which devices
