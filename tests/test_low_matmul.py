@@ -264,12 +264,12 @@ def test_a_mesh_and_micro_batches_give_the_curve_of_one_device(one, dtype):
 
 
 @pytest.mark.slow
-def test_a_training_of_500_steps_ends_within_one_percent_of_bfloat16():
-    """One of the seeds of benchmarks/low_matmul.py, whose figures docs/train.md has."""
-    plain = benchmark.train("compute", 0, 500)
+def test_a_training_of_500_steps_ends_within_two_percent_of_bfloat16():
+    """Of the three seeds in docs/train.md, that with the widest gap: 1.1 %."""
+    plain = benchmark.train("compute", 2, 500)
     assert plain < 2, "it has learnt"
     for dtype in LOW:
-        assert benchmark.train(dtype, 0, 500) < 1.01 * plain
+        assert benchmark.train(dtype, 2, 500) < 1.02 * plain
 
 
 # ---- which devices
