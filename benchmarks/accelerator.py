@@ -211,7 +211,7 @@ def measure_torch_attention(args):
     }
 
 
-def measure_train(backend, args, profile=False):
+def measure_train(backend, args, profile=False, matmul_dtype="compute"):
     """The train step: speed, and memory beside what its compiler expects, as `jaxpt plan` does."""
     import jax
 
@@ -220,7 +220,7 @@ def measure_train(backend, args, profile=False):
     from jaxpt.plan import compile as plan
     from jaxpt.train import step
 
-    settings, spec, mesh, now, batch = make_run(args, backend)
+    settings, spec, mesh, now, batch = make_run(args, backend, matmul_dtype)
     T, B = settings.pack.seq_len, settings.train.batch_size
     name, why = select.choose_backend(spec, step.make_attention_request(settings.train, T), mesh)
     if backend not in ("auto", name):
@@ -246,6 +246,7 @@ def measure_train(backend, args, profile=False):
     used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "attention": f"{name} ({why})",
+        "matmuls": matmul_dtype,
         "tokens/s per device": speed / jax.device_count(),
         "devices": jax.device_count(),
         "MFU": cost.compute_mfu(speed * cost.flops_per_token, jax.device_count()),
@@ -437,7 +438,7 @@ def torch_wait(_):
         torch.cuda.synchronize()
 
 
-def make_run(args, backend):
+def make_run(args, backend, matmul_dtype="compute"):
     """Return settings, architecture, mesh, initial state and a batch."""
     import jax
     import jax.numpy as jnp
@@ -453,6 +454,7 @@ def make_run(args, backend):
     values["pack"]["seq_len"] = T
     values["train"] |= {"batch_size": B * jax.device_count(), "attention": backend}
     values["train"] |= {"remat": "minimal", "compute_dtype": dtype_of()}
+    values["train"]["matmul_dtype"] = matmul_dtype
     settings = config.build_config(values)
     mesh = sharding.make_mesh(settings.mesh)
     spec = initialize.make_random_spec(settings.model, V)
@@ -498,6 +500,7 @@ PARTS = {
     "device": Part(measure_device),
     "train-auto": Part(functools.partial(measure_train, "auto", profile=True), *DATA),
     "train-xla": Part(functools.partial(measure_train, "xla"), *DATA),
+    "train-float8": Part(functools.partial(measure_train, "auto", matmul_dtype="float8"), *DATA),
     "train-torch": Part(measure_torch_train, "torch", "transformers"),
     "attention-xla": Part(functools.partial(measure_attention, "xla")),
     "attention-cudnn": Part(functools.partial(measure_attention, "cudnn"), "jax_cuda13_plugin"),

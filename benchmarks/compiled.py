@@ -53,6 +53,19 @@ ROWS = {  # name: target, (model, pack), train, mesh
     "h100 cudnn dots": ("h100:1", ONE_CARD, {"batch_size": 8, "remat": "dots"}, {}),
     "h100 cudnn none": ("h100:1", ONE_CARD, {"batch_size": 8, "remat": "none"}, {}),
     "h100 cudnn offload": ("h100:1", ONE_CARD, {"batch_size": 8, "remat": "offload"}, {}),
+    "h100 cudnn minimal float8": (
+        "h100:1",
+        ONE_CARD,
+        {"batch_size": 8, "remat": "minimal", "matmul_dtype": "float8"},
+        {},
+    ),
+    "v5e 8 splash minimal": ("v5e:2x4", ONE_CARD, {"batch_size": 8, "remat": "minimal"}, {}),
+    "v5e 8 splash minimal int8": (
+        "v5e:2x4",
+        ONE_CARD,
+        {"batch_size": 8, "remat": "minimal", "matmul_dtype": "int8"},
+        {},
+    ),
     "v5p 64 xla": ("v5p:4x4x4", PODS, {"batch_size": 64, "attention": "xla", "remat": "full"}, {}),
     "v5p 64 splash full": ("v5p:4x4x4", PODS, {"batch_size": 64, "remat": "full"}, {}),
     "v5p 64 splash minimal": ("v5p:4x4x4", PODS, {"batch_size": 64, "remat": "minimal"}, {}),
@@ -169,7 +182,7 @@ def arrays_of(text: str) -> set[tuple[str, tuple[int, ...]]]:
     lines = "\n".join(
         line for line in text.splitlines() if " bitcast(" not in line
     )  # another shape for the same bytes: no array
-    found = re.findall(r"\b(pred|bf16|f16|f32|f64|[su]\d+)\[([\d,]+)\]", lines)
+    found = re.findall(r"\b(pred|bf16|f16|f32|f64|f8\w+|[su]\d+)\[([\d,]+)\]", lines)
     return {(kind, tuple(map(int, shape.split(",")))) for kind, shape in found}
 
 

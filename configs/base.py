@@ -139,6 +139,9 @@ def get_config():
     c.train.grad_accum_steps = 1
     # Dtype for matmuls and activations: bfloat16 on GPU and TPU, float32 on CPU.
     c.train.compute_dtype = "float32"
+    # Dtype of the layers' large matmuls in training: compute_dtype, float8 (Hopper, Ada and newer,
+    # TPU7x) or int8 in forward (TPU v5e, v5p, v6e). See docs/train.md.
+    c.train.matmul_dtype = "compute"
     # Attention kernel; auto takes the platform's where it supports the run. See
     # docs/performance.md.
     c.train.attention = "auto"

@@ -250,6 +250,12 @@ class TrainConfig:
         "Dtype for matmuls and activations: bfloat16 on GPU and TPU, float32 on CPU.",
         *("float32", "bfloat16"),
     )
+    matmul_dtype: str = knob(
+        "compute",
+        "Dtype of the layers' large matmuls in training: compute_dtype, float8 (Hopper, Ada and "
+        "newer, TPU7x) or int8 in forward (TPU v5e, v5p, v6e). See docs/train.md.",
+        *("compute", "float8", "int8"),
+    )
     attention: str = knob(
         "auto",
         "Attention kernel; auto takes the platform's where it supports the run. "

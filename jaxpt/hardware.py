@@ -80,6 +80,9 @@ class Chip:
     bfloat16_flops: float  # peak FLOP/s of matmuls
     # of float32 matmuls at JAX's default precision: one bfloat16 pass on TPU, TF32 on NVIDIA
     float32_flops: float
+    # of matmuls in them; None: bfloat16 is as fast, or XLA has no such matmuls there
+    float8_flops: float | None
+    int8_flops: float | None
     memory_bytes: int  # that a program can have
     memory_bandwidth: float  # bytes/s
     # bytes/s to the rest of a slice or host, over all links and both directions
@@ -93,8 +96,12 @@ class Chip:
     gpu: GpuSpec | None = None  # NVIDIA: what its compiler asks
 
     def peak_flops(self, dtype: str) -> float:
-        """Return the peak FLOP/s of matmuls in "bfloat16" or "float32"."""
-        return {"bfloat16": self.bfloat16_flops, "float32": self.float32_flops}[dtype]
+        """Return the peak FLOP/s of matmuls in "bfloat16", "float32", or what it has units for."""
+        return getattr(self, f"{dtype}_flops")
+
+    def has_units(self, dtype: str) -> bool:
+        """Return whether matmuls in "float8" or "int8" are faster than in bfloat16."""
+        return getattr(self, f"{dtype}_flops") is not None
 
 
 GOOGLE = "Google Cloud on demand, us regions, 2026-08"
@@ -108,6 +115,8 @@ CHIP_TABLE = (
         device_kinds=("TPU v4",),
         bfloat16_flops=275e12,
         float32_flops=275e12,
+        float8_flops=None,
+        int8_flops=None,
         memory_bytes=int(30.75 * GIB),
         memory_bandwidth=1.2e12,
         link_bandwidth=600e9,
@@ -123,6 +132,8 @@ CHIP_TABLE = (
         device_kinds=("TPU v5 lite", "TPU v5e"),
         bfloat16_flops=197e12,
         float32_flops=197e12,
+        float8_flops=None,
+        int8_flops=393e12,
         memory_bytes=int(15.75 * GIB),
         memory_bandwidth=819e9,
         link_bandwidth=400e9,
@@ -138,6 +149,8 @@ CHIP_TABLE = (
         device_kinds=("TPU v5", "TPU v5p"),
         bfloat16_flops=459e12,
         float32_flops=459e12,
+        float8_flops=None,
+        int8_flops=918e12,
         memory_bytes=int(95.74 * GIB),
         memory_bandwidth=2.765e12,
         link_bandwidth=1200e9,
@@ -153,6 +166,8 @@ CHIP_TABLE = (
         device_kinds=("TPU v6 lite", "TPU v6e"),
         bfloat16_flops=918e12,
         float32_flops=918e12,
+        float8_flops=None,
+        int8_flops=1836e12,
         memory_bytes=int(31.25 * GIB),
         memory_bandwidth=1.64e12,
         link_bandwidth=800e9,
@@ -168,6 +183,8 @@ CHIP_TABLE = (
         device_kinds=("TPU7x",),
         bfloat16_flops=2307e12 / 2,
         float32_flops=2307e12 / 2,
+        float8_flops=4614e12 / 2,
+        int8_flops=None,
         memory_bytes=int(94.75 * GIB),
         memory_bandwidth=7.37e12 / 2,
         link_bandwidth=1200e9 / 2,
@@ -184,6 +201,8 @@ CHIP_TABLE = (
         device_kinds=A100_KINDS,
         bfloat16_flops=312e12,
         float32_flops=156e12,
+        float8_flops=None,
+        int8_flops=None,
         memory_bytes=85_100_068_864,
         memory_bandwidth=2.039e12,
         link_bandwidth=600e9,
@@ -199,6 +218,8 @@ CHIP_TABLE = (
         device_kinds=("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
         bfloat16_flops=312e12,
         float32_flops=156e12,
+        float8_flops=None,
+        int8_flops=None,
         memory_bytes=42_505_273_344,
         memory_bandwidth=1.555e12,
         link_bandwidth=600e9,
@@ -214,6 +235,8 @@ CHIP_TABLE = (
         device_kinds=("NVIDIA H100 80GB HBM3",),
         bfloat16_flops=989.4e12,
         float32_flops=494.7e12,
+        float8_flops=1978.9e12,
+        int8_flops=None,
         memory_bytes=84_942_979_072,
         memory_bandwidth=3.352e12,
         link_bandwidth=900e9,
@@ -229,6 +252,8 @@ CHIP_TABLE = (
         device_kinds=("NVIDIA H200", "NVIDIA H200 141GB HBM3e"),
         bfloat16_flops=989.4e12,
         float32_flops=494.7e12,
+        float8_flops=1978.9e12,
+        int8_flops=None,
         memory_bytes=151_397_597_184,
         memory_bandwidth=4.8e12,
         link_bandwidth=900e9,
@@ -244,6 +269,8 @@ CHIP_TABLE = (
         device_kinds=("NVIDIA B200",),
         bfloat16_flops=2250e12,
         float32_flops=1125e12,
+        float8_flops=4500e12,
+        int8_flops=None,
         memory_bytes=191_514_411_008,
         memory_bandwidth=7.672e12,
         link_bandwidth=1800e9,
@@ -259,6 +286,8 @@ CHIP_TABLE = (
         device_kinds=("NVIDIA L4",),
         bfloat16_flops=121e12,
         float32_flops=60e12,
+        float8_flops=242e12,
+        int8_flops=None,
         memory_bytes=23_580_639_232,
         memory_bandwidth=300e9,
         link_bandwidth=64e9,
@@ -274,6 +303,8 @@ CHIP_TABLE = (
         device_kinds=("NVIDIA GeForce RTX 4090",),
         bfloat16_flops=165.2e12,
         float32_flops=82.6e12,
+        float8_flops=330.3e12,
+        int8_flops=None,
         memory_bytes=25_386_352_640,
         memory_bandwidth=1.008e12,
         link_bandwidth=64e9,
@@ -291,6 +322,8 @@ CHIP_TABLE = (
         device_kinds=("cpu",),
         bfloat16_flops=160e9,
         float32_flops=160e9,
+        float8_flops=None,
+        int8_flops=None,
         memory_bytes=4 * GIB,
         memory_bandwidth=10e9,
         link_bandwidth=10e9,

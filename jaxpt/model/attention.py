@@ -59,15 +59,19 @@ def attention_params(spec: ModelSpec, residual_scale: float) -> dict[str, ParamS
 
 
 def project_qkv(
-    spec: ModelSpec, params: LayerParams, x: Array, rope: Rope | None
+    spec: ModelSpec,
+    params: LayerParams,
+    x: Array,
+    rope: Rope | None,
+    matmul_dtype: str = "compute",
 ) -> tuple[Array, Array, Array]:
     """Return queries [B, T, N, H], keys and values [B, T, K, H]; queries and keys rotated.
 
     Kernels multiply scores by H ** -0.5; another query_scale is multiplied into the queries.
     """
-    q = linear(spec.lora, "btd,dnh->btnh", x, params, "q")
-    k = linear(spec.lora, "btd,dkh->btkh", x, params, "k")
-    v = linear(spec.lora, "btd,dkh->btkh", x, params, "v")
+    q = linear(spec.lora, "btd,dnh->btnh", x, params, "q", matmul_dtype)
+    k = linear(spec.lora, "btd,dkh->btkh", x, params, "k", matmul_dtype)
+    v = linear(spec.lora, "btd,dkh->btkh", x, params, "v", matmul_dtype)
     if spec.qk_norm:
         q = rms_norm(q, params["q_norm"], spec.norm_eps, spec.norm_adds_one)
         k = rms_norm(k, params["k_norm"], spec.norm_eps, spec.norm_adds_one)
@@ -79,9 +83,11 @@ def project_qkv(
     return q, k, v
 
 
-def project_out(spec: ModelSpec, params: LayerParams, heads: Array) -> Array:
+def project_out(
+    spec: ModelSpec, params: LayerParams, heads: Array, matmul_dtype: str = "compute"
+) -> Array:
     """Return what attention adds to the residual [B, T, D], given the heads [B, T, N, H]."""
-    return linear(spec.lora, "btnh,nhd->btd", heads, params, "o")
+    return linear(spec.lora, "btnh,nhd->btd", heads, params, "o", matmul_dtype)
 
 
 def attend_plain(

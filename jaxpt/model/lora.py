@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxpt.model.kernels import cpu_matmul
+from jaxpt.model.kernels.low_matmul import choose_matmul
 from jaxpt.model.param import ZEROS, ParamSpec, normal
 from jaxpt.spec import LoraSpec, ModelSpec, UserError
 
@@ -28,6 +29,12 @@ def can_adapt(param: ParamSpec) -> bool:
     """Return whether a layer's parameter can have an adapter."""
     axes = {axis for axis in param.axes if axis != "layers"}
     return param.n_in > 0 and axes <= ADAPTED_AXES
+
+
+def is_large(param: ParamSpec) -> bool:
+    """Return whether a layer's parameter is a matrix that `linear` applies."""
+    axes = {axis for axis in param.axes if axis != "layers"}
+    return param.n_in > 0 and axes <= ADAPTED_AXES | {"shared_mlp"}
 
 
 def adapter_params(lora: LoraSpec, params: dict[str, ParamSpec]) -> dict[str, ParamSpec]:
@@ -89,7 +96,14 @@ def factor(param: ParamSpec, rank: int) -> tuple[ParamSpec, ParamSpec]:
     return a, b
 
 
-def linear(lora: LoraSpec | None, letters: str, x: Array, params: LayerParams, name: str) -> Array:
+def linear(
+    lora: LoraSpec | None,
+    letters: str,
+    x: Array,
+    params: LayerParams,
+    name: str,
+    matmul_dtype: str = "compute",
+) -> Array:
     """Return x [B, T, ...in] times a layer's matrix, with its bias and its adapter if it has them.
 
     Args:
@@ -98,8 +112,10 @@ def linear(lora: LoraSpec | None, letters: str, x: Array, params: LayerParams, n
         x: activations.
         params: of the layer.
         name: of the matrix.
+        matmul_dtype: of the product with the matrix, not of its adapter's.
     """
-    y = cpu_matmul.linear(letters, x, params[name], params.get(f"{name}_bias"))
+    multiply = choose_matmul(matmul_dtype, x, params[name])
+    y = cpu_matmul.linear(letters, x, params[name], params.get(f"{name}_bias"), multiply)
     if lora is None or name not in lora.targets:
         return y
     x_letters, weight, y_letters = re.split(",|->", letters)

@@ -71,11 +71,15 @@ def params(spec: ModelSpec, residual_scale: float) -> dict[str, ParamSpec]:
 
 
 def apply(
-    spec: ModelSpec, params: LayerParams, x: Array, experts_kernel: str = "scan"
+    spec: ModelSpec,
+    params: LayerParams,
+    x: Array,
+    experts_kernel: str = "scan",
+    matmul_dtype: str = "compute",
 ) -> FeedForward:
     """Return what the MLP adds to the residual; it has no experts for a kernel to run."""
-    gate = linear(spec.lora, "btd,df->btf", x, params, "gate")
-    up = linear(spec.lora, "btd,df->btf", x, params, "up")
+    gate = linear(spec.lora, "btd,df->btf", x, params, "gate", matmul_dtype)
+    up = linear(spec.lora, "btd,df->btf", x, params, "up", matmul_dtype)
     activations = ACTIVATIONS[spec.activation](gate) * up
-    out = linear(spec.lora, "btf,fd->btd", activations, params, "down")
+    out = linear(spec.lora, "btf,fd->btd", activations, params, "down", matmul_dtype)
     return FeedForward(out, activations)

@@ -67,7 +67,11 @@ def shared_params(spec: ModelSpec, residual_scale: float) -> dict[str, ParamSpec
 
 
 def apply(
-    spec: ModelSpec, params: LayerParams, x: Array, experts_kernel: str = "scan"
+    spec: ModelSpec,
+    params: LayerParams,
+    x: Array,
+    experts_kernel: str = "scan",
+    matmul_dtype: str = "compute",
 ) -> FeedForward:
     """Return what the chosen experts, and the shared one, add to the residual."""
     routing = route(spec, params, x)
@@ -75,15 +79,17 @@ def apply(
     activate = ACTIVATIONS[spec.activation]
     out = run_experts(activate, experts_kernel, x, routing.experts, routing.weights, experts)
     if spec.d_shared:
-        out = out + run_shared_expert(spec, params, x)
+        out = out + run_shared_expert(spec, params, x, matmul_dtype)
     activations = mix_activations(activate, jax.lax.stop_gradient((x, routing, experts)))
     return FeedForward(out, activations, routing)
 
 
-def run_shared_expert(spec: ModelSpec, params: LayerParams, x: Array) -> Array:
+def run_shared_expert(
+    spec: ModelSpec, params: LayerParams, x: Array, matmul_dtype: str = "compute"
+) -> Array:
     """Return what the shared expert adds, times a share of 0 to 1 where there is a switch."""
     shared = {name: params[f"shared_{name}"] for name in Experts._fields}
-    out = mlp.apply(spec, shared, x).out
+    out = mlp.apply(spec, shared, x, matmul_dtype=matmul_dtype).out
     if not spec.has_shared_switch:
         return out
     switch = params["shared_switch"].astype(x.dtype)

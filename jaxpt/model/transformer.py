@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from jaxpt.model import attention, complete_p, lora
+from jaxpt.model.kernels.low_matmul import fits_low_matmul
 from jaxpt.model.kernels.select import attend
 from jaxpt.model.kernels.sharded import ATTENTION_OUTPUT
 from jaxpt.model.mlp import SideOutputs
@@ -100,6 +102,16 @@ def layer_params(spec: ModelSpec) -> dict[str, ParamSpec]:
     return params
 
 
+def list_low_matmuls(spec: ModelSpec, n_tokens: int) -> dict[str, ParamSpec]:
+    """Return a layer's matrices that train.matmul_dtype multiplies with so many tokens."""
+
+    def is_low(param: ParamSpec) -> bool:
+        n_in = math.prod(param.shape[: param.n_in])
+        return lora.is_large(param) and fits_low_matmul(n_tokens, n_in, param.size // n_in)
+
+    return {name: param for name, param in layer_params(spec).items() if is_low(param)}
+
+
 def trained_param_specs(spec: ModelSpec) -> ParamSpecs:
     """Return the description of what a run trains: every parameter, or the adapters alone."""
     specs = param_specs(spec)
@@ -123,15 +135,17 @@ def feed_forward(spec: ModelSpec) -> Any:
 
 
 class Kernels(NamedTuple):
-    """What runs a layer's attention and experts.
+    """What runs a layer's attention, experts and matmuls with weights.
 
     Attributes:
         attention: as kernels.select.choose_backend returned.
         experts: as kernels.select_experts.choose_experts_kernel returned.
+        matmul_dtype: of the large ones outside of experts, a key of kernels.low_matmul.MATMULS.
     """
 
     attention: str = "xla"
     experts: str = "scan"
+    matmul_dtype: str = "compute"
 
 
 def forward(
@@ -156,7 +170,7 @@ def forward(
         dtype: of activations.
         remat: activation checkpointing policy, a key of CHECKPOINT_POLICIES.
         unroll: layers per iteration of the scan.
-        kernels: of attention and experts.
+        kernels: what runs its parts.
 
     Returns:
         Hidden states after the final norm, [B, T, D] in dtype, and what the layers give beside it
@@ -178,7 +192,7 @@ def forward(
         remat,
         unroll,
         is_token,
-        kernels.experts,
+        kernels,
     )
 
 
@@ -192,7 +206,7 @@ def forward_with(
     remat: str = "none",
     unroll: int = 1,
     is_token: Array | None = None,
-    experts_kernel: str = "scan",
+    kernels: Kernels = Kernels(),
 ) -> tuple[Array, SideOutputs]:
     """Run tokens through the model like `forward`, with the caller's attention.
 
@@ -216,7 +230,7 @@ def forward_with(
         observe=keep_side_outputs,
         remat=remat,
         unroll=unroll,
-        experts_kernel=experts_kernel,
+        kernels=kernels,
     )
     losses = jax.tree.map(jnp.sum, stacked.losses)
     scalars = jax.tree.map(jnp.mean, stacked.scalars)
@@ -303,7 +317,7 @@ def run_layers(
     observe: Observe = observe_nothing,
     remat: str = "none",
     unroll: int = 1,
-    experts_kernel: str = "scan",
+    kernels: Kernels = Kernels(),
 ) -> tuple[Array, Any, Any]:
     """Run all layers: the one pass of training, decoding and measuring.
 
@@ -317,7 +331,7 @@ def run_layers(
         observe: called after each layer.
         remat: activation checkpointing policy.
         unroll: layers per iteration of the scan.
-        experts_kernel: as kernels.select_experts.choose_experts_kernel returned.
+        kernels: of experts and matmuls; `attend` has its own.
 
     Returns:
         The residual stream, the state, and what `observe` stacked, [L, ...].
@@ -325,7 +339,7 @@ def run_layers(
     kinds = spec.layer_kinds or (LayerKind(),)
     distinct = list(dict.fromkeys(kinds))
     kind_ids = [distinct.index(kind) for kind in kinds][: spec.n_layers]
-    run_any = functools.partial(run_layer, spec, attend, experts_kernel)
+    run_any = functools.partial(run_layer, spec, attend, kernels)
     branches = [functools.partial(run_any, kind) for kind in distinct]
 
     def layer(carry: tuple[Array, Any], numbered: tuple[Any, Params]) -> tuple[Any, Any]:
@@ -356,7 +370,7 @@ def run_layers(
 def run_layer(
     spec: ModelSpec,
     attend: Attend,
-    experts_kernel: str,
+    kernels: Kernels,
     kind: LayerKind,
     params: Params,
     x: Array,
@@ -377,11 +391,12 @@ def run_layer(
 
     attention_input = norm("attn_norm", x)
     rope = ropes[kind.rope] if kind.rope else None
-    q, k, v = attention.project_qkv(spec, params, attention_input, rope)
+    dtype = kernels.matmul_dtype
+    q, k, v = attention.project_qkv(spec, params, attention_input, rope, dtype)
     heads, state = attend(q, k, v, kind.window, state)
-    x = add(x, norm("attn_post_norm", attention.project_out(spec, params, heads)))
+    x = add(x, norm("attn_post_norm", attention.project_out(spec, params, heads, dtype)))
     mlp_input = norm("mlp_norm", x)
-    found = feed_forward(spec).apply(spec, params, mlp_input, experts_kernel)
+    found = feed_forward(spec).apply(spec, params, mlp_input, kernels.experts, dtype)
     x = add(x, norm("mlp_post_norm", found.out))
     inner = Intermediates(attention_input, heads, mlp_input, found.activations, found.routing)
     return x, inner, state

@@ -32,7 +32,7 @@ from jaxpt import config, hardware, sharding
 from jaxpt.config import Config
 from jaxpt.hardware import GPUS_PER_HOST, Chip, Target
 from jaxpt.model import transformer
-from jaxpt.model.kernels import grouped, select_experts
+from jaxpt.model.kernels import grouped, low_matmul, select_experts
 from jaxpt.model.kernels.blockwise import count_mean_key_blocks
 from jaxpt.plan import cost, roofline
 from jaxpt.plan.roofline import CollectiveCount, LayerCollectives, StepAnalysis
@@ -140,6 +140,7 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
     settings = config.build_config(request.settings)
     target = hardware.parse_target(request.target)
     train = settings.train
+    low_matmul.check_chip(train.matmul_dtype, target.chip)
     seq_len = settings.pack.seq_len
     devices = make_target_devices(target, missing)
     mesh = sharding.make_mesh(settings.mesh, devices)
@@ -409,6 +410,8 @@ def count_matmul_flops(jaxpr: Any, key_blocks: float | None = 1) -> float:
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 DTYPE_BYTES = {
     "pred": 1,
+    "f8e4m3fn": 1,
+    "f8e5m2": 1,
     "s8": 1,
     "u8": 1,
     "bf16": 2,

@@ -66,6 +66,7 @@ class StepAnalysis(Record):
     layer_collectives: tuple[LayerCollectives, ...]
     analysis_seconds: float
     experts: str | None = None  # a mixture's kernel, and why; None: not known without compiling
+    low_flops: float = 0.0  # of the executed ones, those in train.matmul_dtype
     frozen_bytes: int = 0  # per device, of the parameters of a teacher or DPO's reference
     frozen_flops_per_token: float = 0.0  # of its forward pass
 
@@ -92,8 +93,12 @@ def compute_roofline(analysis: StepAnalysis, target: Target, train: TrainConfig)
     the compiled program's layers move, where that is known to be more.
     """
     chip = target.chip
-    peak_flops = target.n_devices * chip.peak_flops(train.compute_dtype)
-    compute = analysis.executed_flops / peak_flops
+    compute = (analysis.executed_flops - analysis.low_flops) / chip.peak_flops(train.compute_dtype)
+    if analysis.low_flops:
+        is_faster = chip.has_units(train.matmul_dtype)  # a CPU emulates them
+        dtype = train.matmul_dtype if is_faster else train.compute_dtype
+        compute += analysis.low_flops / chip.peak_flops(dtype)
+    compute /= target.n_devices
     memory = analysis.memory_traffic_bytes / chip.memory_bandwidth
     network = analysis.comm_bytes / target.receive_bandwidth
 
@@ -334,6 +339,22 @@ def estimate_executed_flops_per_token(spec: ModelSpec, seq_len: int, remat: str)
     return flops
 
 
+def estimate_low_flops_per_token(spec: ModelSpec, train: TrainConfig, seq_len: int) -> float:
+    """Return the FLOPs per token that a step runs in train.matmul_dtype.
+
+    Forward, and with remat of matmuls again; in float8 both gradients too, or that of activations
+    where the matrices are frozen. DPO's reference runs forward as the model does.
+    """
+    if train.matmul_dtype == "compute":
+        return 0.0
+    n_passes = 1 + (train.remat in ("full", "minimal")) + (train.dpo_beta > 0)
+    if train.matmul_dtype == "float8":
+        n_passes += 1 if spec.lora else 2
+    n_tokens = train.batch_size // train.grad_accum_steps * seq_len
+    params = transformer.list_low_matmuls(spec, n_tokens).values()
+    return 2 * n_passes * spec.n_layers * sum(param.size for param in params)
+
+
 def estimate_step(
     spec: ModelSpec,
     state: StateBytes,
@@ -364,6 +385,7 @@ def estimate_step(
     widest = max(spec.vocab_size, spec.d_ff, spec.n_heads * spec.d_head)
     largest_tensor = spec.d_model * widest
     per_token = estimate_executed_flops_per_token(spec, seq_len, train.remat)
+    low_per_token = estimate_low_flops_per_token(spec, train, seq_len)
     traffic = estimate_memory_traffic_bytes(spec, share, seq_len, attention == "xla")
     return StepAnalysis(
         method="estimated",
@@ -385,6 +407,7 @@ def estimate_step(
         executed_flops=train.batch_size * seq_len * per_token,
         loop_body_flops=None,
         compiler_flops=None,
+        low_flops=train.batch_size * seq_len * low_per_token,
         layer_collectives=(),
         analysis_seconds=0.0,
     )

@@ -19,7 +19,7 @@ from jaxpt.data import loader
 from jaxpt.data.mixture import MAX_NAMED, MixturePhase, MixtureSchedule
 from jaxpt.growth.growth import Parent
 from jaxpt.growth.parse import plan_growth
-from jaxpt.model import loss
+from jaxpt.model import loss, transformer
 from jaxpt.model.kernels import select, select_experts
 from jaxpt.model.transformer import Params
 from jaxpt.spec import Batch, ModelSpec, UserError
@@ -524,9 +524,19 @@ def log_fast_paths(
         note = " (XLA's CPU converts to float32: slower than compute_dtype=float32)"
     elif dtype == "float32" and not on_cpu:
         note = " (bfloat16 is several times faster here: train.compute_dtype)"
-    log.info(f"matmuls: {dtype}{note}")
+    log.info(f"matmuls: {describe_low_matmuls(spec, train, seq_len, on_cpu)}{dtype}{note}")
     n_tokens = loss.count_chunk_tokens(mesh)
     log.info(f"loss: chunks of {n_tokens:,} tokens over all devices; remat: {train.remat}")
+
+
+def describe_low_matmuls(spec: ModelSpec, train: TrainConfig, seq_len: int, on_cpu: bool) -> str:
+    """Return "float8 of q, k, v, o, gate, up, down; others " for train.matmul_dtype, or nothing."""
+    if train.matmul_dtype == "compute":
+        return ""
+    n_tokens = train.batch_size // train.grad_accum_steps * seq_len
+    names = ", ".join(transformer.list_low_matmuls(spec, n_tokens)) or "none (multiples of 16)"
+    emulated = " (emulated on a CPU, slower)" if on_cpu else ""
+    return f"{train.matmul_dtype}{emulated} of {names}; others "
 
 
 def format_epochs(epochs: dict[str, float]) -> str:

@@ -17,7 +17,7 @@ from jaxpt.config import DistillConfig, OptimConfig, TrainConfig
 from jaxpt.flops import count_flops_per_token
 from jaxpt.growth.new_params import NewParams
 from jaxpt.model import distill, dpo, loss, moe, transformer
-from jaxpt.model.kernels import select, select_experts
+from jaxpt.model.kernels import low_matmul, select, select_experts
 from jaxpt.model.kernels.select import AttentionRequest
 from jaxpt.model.mlp import SideOutputs
 from jaxpt.model.param import replace_subtree, subtree_like
@@ -330,7 +330,9 @@ def make_gradient_function(
             "train.remat: offload moves activations to the host's memory, and a CPU has no other. "
             "Use dots, minimal or full."
         )
+    low_matmul.check_matmul_dtype(train.matmul_dtype, mesh.devices.flat[0])
     kernels = choose_kernels(spec, train, seq_len, mesh)
+    kernels = kernels._replace(matmul_dtype=train.matmul_dtype)
     run_model = make_model_function(train, kernels, unroll)
     loss_knobs = (train.z_loss_weight, loss.count_chunk_tokens(mesh), spec.logit_softcap)
     if train.dpo_beta:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 
-def linear(letters: str, x: Array, weight: Array, bias: Array | None = None) -> Array:
+def linear(
+    letters: str,
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    multiply: Callable[[Array, Array], Array] | None = None,
+) -> Array:
     """Return x [B, T, ...in] times weight [...in, ...out], plus bias, in x's dtype.
 
     Args:
@@ -18,9 +25,10 @@ def linear(letters: str, x: Array, weight: Array, bias: Array | None = None) -> 
         x: activations.
         weight: cast to x's dtype.
         bias: [...out], added if there is one.
+        multiply: a form of `matmul`; None: that itself.
     """
     check_letters(letters, x.ndim, weight.ndim)
-    y = matmul(x, weight.astype(x.dtype))
+    y = (multiply or matmul)(x, weight.astype(x.dtype))
     if bias is None:
         return y
     return y + bias.astype(x.dtype)
