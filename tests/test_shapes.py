@@ -112,7 +112,11 @@ def test_a_trace_knows_the_parts_of_a_step(make_config, tmp_path):  # noqa: F811
     assert [len(step.places) for step in found] == [8, 5, 5, 16]
 
 
-def test_a_batch_of_which_every_part_is_read_is_not_copied(make_config, one, monkeypatch):  # noqa: F811
+def test_a_batch_of_which_every_part_is_read_is_not_copied(
+    make_config,  # noqa: F811
+    one,
+    monkeypatch,
+):
     settings = make_config()
     dataset = loader.open_packed(settings.mixture.packed_paths)
     schedule = MixtureSchedule(settings.mixture, dataset.n_sequences, 8)
@@ -261,7 +265,11 @@ BAD_SHAPES = {
 
 
 @pytest.mark.parametrize(("message", "schedule"), BAD_SHAPES.items())
-def test_a_schedule_that_packed_sequences_cannot_serve_is_refused(make_config, message, schedule):  # noqa: F811
+def test_a_schedule_that_packed_sequences_cannot_serve_is_refused(
+    make_config,  # noqa: F811
+    message,
+    schedule,
+):
     with pytest.raises(UserError, match=f"train.shape_schedule.*{message}"):
         make_config(train__shape_schedule=schedule)
 
