@@ -194,7 +194,7 @@ def check_unchanged(job: ReadJob) -> None:
 def write_read_file(
     file: pathlib.Path, stream: Iterator[tuple], max_bytes: int, advance: Advance
 ) -> int:
-    """Write the next rows of about max_bytes of text. Return their number."""
+    """Write the next documents of about max_bytes of text. Return their number."""
     n_rows = n_bytes = 0
     with open_arrow_writer(file, READ_SCHEMA) as out:
         while n_bytes < max_bytes:

@@ -19,7 +19,7 @@ from jaxpt.hardware import Chip
 from jaxpt.model.kernels.cpu_matmul import flatten_features, matmul, matmul_bwd
 from jaxpt.spec import UserError
 
-# cuBLASLt's float8 wants dimensions that are multiples of it; XLA would pad others
+# cuBLASLt's float8 needs dimensions that are multiples of it; XLA would pad others
 DIMENSION_MULTIPLE = 16
 MAX_INT8 = 127
 
