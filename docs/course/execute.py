@@ -61,6 +61,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or pathlib.Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         for page in arguments.pages:
             began, cpu = time.monotonic(), sum(os.times()[:4])
             notebook = execute_page(page, folder)
