@@ -5,14 +5,15 @@
 
 `third`: a parent is trained to the end of its schedule and loses a third of its parameters. For
 each seed its child trains on sequences that the parent has not read, other ones for each seed: by
-distillation from the parent (a from 0.9 to 0.5) and by cross-entropy alone, each at three learning
+distillation from the parent (a from 0.9 to 0.5) and by cross-entropy alone, each at four learning
 rates; beside them a model of its size from scratch. Then other ways of pruning.
 
 `lesson`: a parent of 12 layers, as wide as the quickstart's model and on its text, cut to 10 as the
 course's lesson does (without layers 5 and 6) and by measure, with and without its parent's help.
 
 A finished run is a line of DIR/PART-STEPS.jsonl; a start passes over what is there. Everything runs
-in one thread.
+in one thread; once the parent is there, `--seed N` makes the runs of one seed, for seeds side by
+side.
 """
 
 import argparse
@@ -82,10 +83,10 @@ class Setting:
 
 
 def make_third() -> Setting:
-    """Return the setting of `third`: rates of a tenth, a fifth and a half of the parent's."""
+    """Return the setting of `third`: rates from a tenth of the parent's to all of it."""
     rate = 6e-3
     arms = []
-    for share in (5, 10, 2):
+    for share in (5, 10, 2, 1):
         arms.append(Arm("distilled", MAIN, rate / share, "parent"))
         arms.append(Arm("cross-entropy", MAIN, rate / share, "text"))
     arms.append(Arm("fresh", MAIN, rate, "nothing before"))
@@ -129,11 +130,11 @@ class Experiment:
         train = config.TrainConfig(eval_sequences=growth_runs.HELDOUT_SEQUENCES)
         self.heldout = gate.HeldoutData(self.packed, train, True, self.mesh)
 
-    def run_all(self):
+    def run_all(self, seeds):
         """Train everything, seed by seed."""
         setting = self.setting
         self.record(("parent", setting.parent_rate, 0), lambda: (*self.parent, None))
-        for seed in range(setting.seeds):
+        for seed in seeds:
             for arm in setting.arms:
                 self.record((arm.name, arm.rate, seed), lambda a=arm, s=seed: self.make(a, s))
 
@@ -176,7 +177,11 @@ class Experiment:
             peak_lr=rate, schedule="linear", warmup_frac=n_warmup / n_steps, end_lr_frac=0.0
         )
         batch_size = self.setting.batch_size
-        train = config.TrainConfig(steps=n_steps, batch_size=batch_size)
+        train = config.TrainConfig(
+            steps=n_steps,
+            batch_size=batch_size,
+            grad_accum_steps=batch_size * self.seq_len // 512,  # they stay in the cache
+        )
         distill_spec = step.DistillSpec(DistillConfig("parent"), teacher[0]) if teacher else None
         more = (teacher[1],) if teacher else ()
         run = step.build_step(
@@ -261,6 +266,7 @@ def main():
     parser.add_argument("part", choices=("third", "lesson"))
     parser.add_argument("--text", help="files of text, as a glob (third)")
     parser.add_argument("--to", type=pathlib.Path, required=True, metavar="DIR")
+    parser.add_argument("--seed", type=int, help="make the runs of this seed (all)")
     arguments = parser.parse_args()
     to = arguments.to
     to.mkdir(parents=True, exist_ok=True)
@@ -279,7 +285,7 @@ def main():
             ("python:prose",), str(to / "text"), spec.vocab_size, spec.max_seq_len
         )
     experiment = Experiment(arguments.part, setting, text, to)
-    experiment.run_all()
+    experiment.run_all(range(setting.seeds) if arguments.seed is None else [arguments.seed])
     print_table(experiment)
 
 
