@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import os
 import re
 import subprocess
@@ -328,3 +329,16 @@ def test_files_are_opened_by_io_alone():
             found[name] = file_calls(path)
     found = {name for name in found if found[name]}
     assert found == EXEMPT_FILES.keys(), found ^ EXEMPT_FILES.keys()
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="an f-string is many tokens since 3.12")
+def test_a_line_holds_one_thought(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    counts = [importlib.import_module("count_density").count_file(file) for file in FILES]
+    n_tokens, n_lines, n_statements = (sum(column) for column in zip(*counts, strict=True))
+    told = re.search(
+        r"at most ([\d.]+) tokens per code line and ([\d.]+) per statement",
+        (ROOT / "CONTRIBUTING.md").read_text(),
+    )
+    assert n_tokens / n_lines <= float(told[1])
+    assert n_tokens / n_statements <= float(told[2])
