@@ -101,7 +101,6 @@ def make_lesson() -> Setting:
     rate = quickstart.optim.peak_lr
     arms = (
         Arm("by loss, distilled", MEASURED, rate / 5, "parent"),
-        Arm("by influence, distilled", ("drop_layers(n=2)",), rate / 5, "parent"),
         Arm("the lesson's, distilled", LESSON, rate / 5, "parent"),
         Arm("the lesson's, cross-entropy", LESSON, rate / 5, "text"),
         Arm("by loss, cross-entropy", MEASURED, rate / 5, "text"),
