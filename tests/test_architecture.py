@@ -336,9 +336,9 @@ def test_a_line_holds_one_thought(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     counts = [importlib.import_module("count_density").count_file(file) for file in FILES]
     n_tokens, n_lines, n_statements = (sum(column) for column in zip(*counts, strict=True))
-    told = re.search(
+    limits = re.search(
         r"at most ([\d.]+) tokens per code line and ([\d.]+) per statement",
         (ROOT / "CONTRIBUTING.md").read_text(),
     )
-    assert n_tokens / n_lines <= float(told[1])
-    assert n_tokens / n_statements <= float(told[2])
+    assert n_tokens / n_lines <= float(limits[1])
+    assert n_tokens / n_statements <= float(limits[2])
