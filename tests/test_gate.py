@@ -117,6 +117,15 @@ def test_a_view_of_shorter_parts_leaves_the_whole_as_it_is(tmp_path):
     assert parts.find_recorded_losses(record) == {}  # of longer sequences
 
 
+def test_a_view_of_fewer_sequences_holds_a_whole_batch(tmp_path):
+    whole = heldout_of(pack_documents(tmp_path, {"songs": documents(1, 9)}, seq_len=100))
+    assert [whole.limit_to(n).n_sequences for n in (1, 21, 10**6)] == [
+        whole.batch_size,
+        21,
+        whole.n_sequences,
+    ]
+
+
 def test_a_growth_is_judged_at_the_length_that_both_models_read(tmp_path):
     """And a run of longer sequences does not take the losses of its growth for its parent's."""
     whole = heldout_of(pack_documents(tmp_path / "packed", {"songs": documents(1, 9)}, seq_len=100))

@@ -26,7 +26,7 @@ from jaxpt.growth.moments import grow_moments
 from jaxpt.growth.new_params import NewParams, find_new_params
 from jaxpt.growth.parse import plan_growth
 from jaxpt.growth.records import GrowthReport
-from jaxpt.growth.verify import judge_growth, run_probe, verify_growth
+from jaxpt.growth.verify import judge_growth, limit_by_time, run_probe, verify_growth
 from jaxpt.model import loss, transformer
 from jaxpt.model.param import is_param_spec
 from jaxpt.spec import ModelSpec, UserError
@@ -916,12 +916,22 @@ class TimedProbe:
         return params
 
 
-@pytest.mark.parametrize("seconds, n_steps", [(0.9, 20), (2.5, 9), (6.0, None)])
+@pytest.mark.parametrize("seconds, n_steps", [(0.45, 20), (1.1, 9), (2.6, None)])
 def test_a_probe_has_no_more_steps_than_its_time_holds(seconds, n_steps):
     """Parent and child take the time of a step each."""
     model = types.SimpleNamespace(spec=None, params={})
-    heldout = types.SimpleNamespace(measure_losses=lambda spec, params: {"prose": 3.25})
+    heldout = types.SimpleNamespace(
+        n_sequences=7, measure_losses=lambda spec, params: {"prose": 3.25}
+    )
     probe = TimedProbe(seconds)
     found = run_probe(probe, {"parent": model, "child": model}, heldout)
     assert (found and found.n_steps) == n_steps
     assert probe.trained == ([n_steps] * 2 if n_steps else [])
+
+
+@pytest.mark.parametrize("seconds, n_sequences", [(9.5, 320), (40.0, 80)])
+def test_a_probe_measures_no_more_sequences_than_its_time_holds(seconds, n_sequences):
+    heldout = types.SimpleNamespace(
+        n_sequences=320, limit_to=lambda n: types.SimpleNamespace(n_sequences=n)
+    )
+    assert limit_by_time(heldout, seconds).n_sequences == n_sequences

@@ -31,6 +31,7 @@ class ProbeRecord(Record):
     """Held-out losses after a short training of parent and child."""
 
     n_steps: int
+    n_sequences: int  # per source, at most: fewer than behind heldout_loss where time is short
     parent: dict[str, float]  # source -> nats per token
     child: dict[str, float]
 

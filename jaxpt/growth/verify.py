@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -27,7 +28,9 @@ log = logging.getLogger(__name__)
 # sums in another order: a widened model adds each product in halves. Fraction of the largest
 # logit, in float32
 ROUNDING_TOLERANCE = 1e-5
-PROBE_SECONDS = 45.0  # of training in a probe: with its measurements about a minute on two cores
+# of training in a probe, and of measuring after it: with two compilations about a minute on two
+# cores for 8M parameters
+PROBE_SECONDS, PROBE_MEASURING_SECONDS = 20.0, 10.0
 MIN_PROBE_STEPS = 4  # of fewer steps most are warm-up
 
 
@@ -48,6 +51,10 @@ class HeldoutLosses(Protocol):
 
     def cut_for(self, *specs: ModelSpec) -> HeldoutLosses:
         """Return the same, in parts that these models all read."""
+        ...
+
+    def limit_to(self, n_sequences: int) -> HeldoutLosses:
+        """Return the same of so many sequences per source, a whole batch at least."""
         ...
 
 
@@ -109,9 +116,13 @@ def verify_growth(
     # else the data is not the parent's, or not the child's
     if parent.tokenizer == child.tokenizer:
         with logs.announce_if_slow(log, "growth: measuring losses and layers, parent and child"):
-            report = measure_models(report, models, heldout, batches)
-    if probe and heldout and report.heldout_loss:
-        report = dataclasses.replace(report, probe=run_probe(probe, models, heldout))
+            start = time.monotonic()
+            report = measure_losses(report, models, heldout)
+            seconds = time.monotonic() - start
+            report = measure_statistics(report, models, batches)
+        if probe and heldout:
+            few = limit_by_time(heldout, seconds)
+            report = dataclasses.replace(report, probe=run_probe(probe, models, few))
     unigram_nats = heldout.unigram_nats if heldout else {}
     verdict = judge_growth(report, unigram_nats)
     if all(grown.is_identity for grown in growths):
@@ -169,31 +180,42 @@ def describe_growth(
     )
 
 
-def measure_models(
-    report: GrowthReport,
-    models: dict[str, LoadedModel],
-    heldout: HeldoutLosses | None,
-    batches: ReadBatches | None,
+def measure_losses(
+    report: GrowthReport, models: dict[str, LoadedModel], heldout: HeldoutLosses | None
 ) -> GrowthReport:
-    """Return the report with held-out losses and layer statistics, as far as there is data."""
-    if heldout:
-        losses = {}
-        for name, model in models.items():
-            losses[name] = heldout.measure_losses(model.spec, model.params)
-        report = dataclasses.replace(
-            report,
-            heldout_loss=losses,
-            heldout_sequences=heldout.n_sequences,
-            heldout_seq_len=heldout.seq_len,
-        )
-    if batches:
-        layers = {}
-        for name, model in models.items():
-            layers[name] = measure_model_statistics(model, batches())
-        child, layer_map = models["child"], report.layer_map
-        found = measure.measure_copy_similarity(child.spec, child.params, layer_map, batches())
-        report = dataclasses.replace(report, layers=layers, copy_similarity=tuple(found))
-    return report
+    """Return the report with held-out losses, if there is data."""
+    if not heldout:
+        return report
+    losses = {}
+    for name, model in models.items():
+        losses[name] = heldout.measure_losses(model.spec, model.params)
+    return dataclasses.replace(
+        report,
+        heldout_loss=losses,
+        heldout_sequences=heldout.n_sequences,
+        heldout_seq_len=heldout.seq_len,
+    )
+
+
+def measure_statistics(
+    report: GrowthReport, models: dict[str, LoadedModel], batches: ReadBatches | None
+) -> GrowthReport:
+    """Return the report with layer statistics, if there is data."""
+    if not batches:
+        return report
+    layers = {}
+    for name, model in models.items():
+        layers[name] = measure_model_statistics(model, batches())
+    child, layer_map = models["child"], report.layer_map
+    found = measure.measure_copy_similarity(child.spec, child.params, layer_map, batches())
+    return dataclasses.replace(report, layers=layers, copy_similarity=tuple(found))
+
+
+def limit_by_time(heldout: HeldoutLosses, seconds: float) -> HeldoutLosses:
+    """Return as many sequences as a probe has time for, of those whose losses took `seconds`."""
+    if seconds <= PROBE_MEASURING_SECONDS:
+        return heldout
+    return heldout.limit_to(int(heldout.n_sequences * PROBE_MEASURING_SECONDS / seconds))
 
 
 def run_probe(
@@ -221,7 +243,7 @@ def run_probe(
         params = probe.train(model.spec, model.params, n_steps)
         with logs.announce_if_slow(log, f"growth: measuring the {name} after {n_steps} steps"):
             losses[name] = heldout.measure_losses(model.spec, params)
-    return ProbeRecord(n_steps, **losses)
+    return ProbeRecord(n_steps, n_sequences=heldout.n_sequences, **losses)
 
 
 def check_logits(

@@ -177,7 +177,11 @@ def compare_models(growth: Growth, order: list[str]) -> Table:
     if growth.heldout_loss:
         n_sequences = format_whole(growth.heldout_sequences)
         caption = f"Held-out loss, nats per token, on {n_sequences} sequences, right after growth"
-    caption += f"; then after a probe, the same {n_steps} of training for both." if probe else "."
+    if probe:
+        caption += f"; then after a probe, the same {n_steps} of training for both"
+        if probe.n_sequences and probe.n_sequences != growth.heldout_sequences:
+            caption += f", on {format_whole(probe.n_sequences)} sequences"
+    caption += "."
     caption += " The loss right after growth does not rank operators."
     return Table(["", "parent", "child", "change"], rows, caption)
 

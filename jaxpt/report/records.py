@@ -293,6 +293,7 @@ class LossPair(View, steps="n_steps"):
     parent: dict[str, float]
     child: dict[str, float]
     n_steps: int = 0  # of training before they were measured
+    n_sequences: int = 0  # per source, at most
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,6 +119,12 @@ class HeldoutData:
         """Return the same, in parts that these models all read."""
         return self.cut_to(min(self.seq_len, *(spec.max_seq_len for spec in specs)))
 
+    def limit_to(self, n_sequences: int) -> HeldoutData:
+        """Return the same of so many sequences per source, a whole batch at least."""
+        few = copy.copy(self)  # the compiled steps are shared
+        few.n_sequences = min(self.n_sequences, max(n_sequences, self.batch_size))
+        return few
+
     def round_batch_size(self, n: int) -> int:
         """Return the next number of sequences that the mesh shards evenly."""
         shards = n_shards(self.mesh, "batch")

@@ -173,11 +173,11 @@ class ShortTraining:
         self.config = config
         self.packed = packed
         self.mesh = mesh
-        self.steps: dict[tuple[ModelSpec, int], Callable] = {}  # compiled
+        self.steps: dict[ModelSpec, Callable] = {}  # compiled
 
     def time_step(self, spec: ModelSpec, params: Params) -> float:
         """Return the seconds of a step, compilation apart."""
-        states = self.iterate_states(spec, params, self.n_steps)
+        states = self.iterate_states(spec, params)
         jax.block_until_ready(next(states))
         start = time.monotonic()
         jax.block_until_ready(next(states))
@@ -185,18 +185,13 @@ class ShortTraining:
 
     def train(self, spec: ModelSpec, params: Params, n_steps: int) -> Params:
         """Return the parameters after n steps; those given are kept."""
-        *_, last = itertools.islice(self.iterate_states(spec, params, n_steps), n_steps)
-        return last.params
+        *_, last = itertools.islice(self.iterate_states(spec, params), n_steps)
+        return jax.block_until_ready(last.params)
 
-    def iterate_states(
-        self, spec: ModelSpec, params: Params, n_steps: int
-    ) -> Iterator[state.TrainState]:
+    def iterate_states(self, spec: ModelSpec, params: Params) -> Iterator[state.TrainState]:
         """Yield the state after each step, which takes over the one before.
 
-        Args:
-            spec: the architecture.
-            params: to start from; kept.
-            n_steps: of the training, for its warm-up; more can be done.
+        The rate rises over a quarter of n_steps, however few are done: a model is compiled once.
         """
         train, mixture = self.config.train, self.config.mixture
         optim = dataclasses.replace(
@@ -213,15 +208,15 @@ class ShortTraining:
         batches = loader.iterate_batches(dataset, schedule, place, train.batch_size, 0, mask)
         params = jax.tree.map(jnp.copy, params)  # the step takes its state over
         now = state.init_state(params, spec, optim, self.mesh)
-        if (spec, n_steps) not in self.steps:
+        if spec not in self.steps:
             # of preference pairs both answers are learnt: a grown model has no reference
             settings = dataclasses.replace(
-                train, steps=n_steps, grow=(), shape_schedule=(), dpo_beta=0.0
+                train, steps=self.n_steps, grow=(), shape_schedule=(), dpo_beta=0.0
             )
             built = step.build_step(spec, settings, optim, dataset.seq_len, self.mesh)
-            self.steps[spec, n_steps] = built
+            self.steps[spec] = built
         for batch in batches:
-            now, _ = self.steps[spec, n_steps](now, batch)
+            now, _ = self.steps[spec](now, batch)
             yield now
 
 
