@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors.numpy
 from conftest import ROOT, SMALL_SPEC
 
 from jaxpt import config, sharding, stage
@@ -794,6 +796,27 @@ def test_bits_per_byte_alone_needs_neither_harness_nor_torch():
         ).stdout.strip()
         == "set()"
     )
+
+
+def test_a_model_of_the_same_shape_is_not_compiled_for_again(hf_dir, tmp_path):
+    """Whatever its weights are: commands share the compile cache that training has."""
+    cache = tmp_path / "jaxpt/compiled"
+    command = [sys.executable, "-m", "jaxpt", "compare", "--prompts", "prompts.txt"]
+    (tmp_path / "prompts.txt").write_text("The ship\n")
+    other = shutil.copytree(hf_dir, tmp_path / "other")
+    file = other / "model.safetensors"
+    weights = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file({name: 0.5 * w for name, w in weights.items()}, file)
+    kept = []
+    for model in (hf_dir, other):
+        subprocess.run(
+            [*command, "--models", str(model)],
+            cwd=tmp_path,
+            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+            check=True,
+        )
+        kept.append({file.name for file in cache.glob("*-cache")})
+    assert kept[0] and kept[0] == kept[1]
 
 
 # ---- comparisons

@@ -68,6 +68,10 @@ def run_command(words: list[str]) -> None:
         cluster.check_is_alone(arguments.command)
     if arguments.command in ON_DEVICE:
         xla_settings.set_variables()  # before jax is imported, which reads them
+    if arguments.command in ON_DEVICE and arguments.command != "train":
+        from jaxpt.train.distributed import enable_compilation_cache
+
+        enable_compilation_cache()  # train does so when its processes have met
     arguments.run(arguments)
 
 
