@@ -521,6 +521,30 @@ def test_collectives_are_read_off_the_loop_over_layers():
     assert roofline.count_received_bytes(found) == 8 * D * D * 4
 
 
+def test_two_layers_in_a_turn_are_counted_as_two_and_a_first_micro_batch_not_again():
+    """As XLA unrolls loops on GPUs: by two, and the first turn before the loop."""
+    carried = ", ".join(["f32[9,24,40]{2,1,0}"] * 8)
+    gather = "  %g = f32[24,40]{1,0} all-gather(%w), replica_groups=[1,4]<=[4]"
+
+    def loop(body, more=""):
+        return f"  %l = ({carried}) while(%t), condition=%c, body=%{body}{more}"
+
+    step = (
+        ', backend_config={"known_trip_count":{"n":"4"},"known_init_step":{"init":"1","step":"2"}}'
+    )
+    computations = {
+        "%layers": [gather, gather],
+        "%copy": [gather, gather],
+        "%micro": [loop("layers", step)],
+        "ENTRY %main": [loop("copy", step), loop("micro")],
+    }
+    text = ""
+    for name, lines in computations.items():
+        text += "\n".join([f"{name} (p: f32[]) -> f32[] {{", *lines, "}\n"])
+    (found,) = compile.count_layer_collectives(text, 9)
+    assert found == {"all-gather": compile.CollectiveCount(1, 24 * 40 * 4)}
+
+
 def test_a_started_collective_and_a_scattered_one_count_their_whole_arrays():
     gathered = (
         "  %g = (f32[6,24]{1,0}, f32[24,24]{1,0}) all-gather-start(%w), "

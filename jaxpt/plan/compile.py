@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -430,22 +431,39 @@ MIN_STACKED_ARRAYS = 8  # a loop over layers carries the stacked weights: a doze
 
 
 def count_layer_collectives(text: str, n_layers: int) -> tuple[LayerCollectives, ...]:
-    """Return what one turn of each loop over layers runs, forward first.
+    """Return what a layer runs in each loop over layers, forward first.
 
     It is empty if the program has no such loop, as where all layers are unrolled.
     """
     computations = split_computations(text)
     counts = []
     for lines in computations.values():
+        bodies = {}  # name -> layers per turn
         for line in lines:
-            if not loops_over_layers(line, n_layers):
-                continue
-            body = re.findall(r"body=%?([\w.\-]+)", line)[0]
-            # a loop over micro-batches carries the weights too; the loops inside of it are counted
-            if any(loops_over_layers(inner, n_layers) for inner in computations[body]):
-                continue
-            counts.append(count_collectives(computations, body))
+            if loops_over_layers(line, n_layers):
+                bodies[re.findall(r"body=%?([\w.\-]+)", line)[0]] = read_loop_step(line)
+        # a loop over micro-batches carries the weights too: the loops inside of it are counted, and
+        # not their copies beside it, which XLA makes for the first micro-batch
+        inner = itertools.chain.from_iterable(computations[body] for body in bodies)
+        if any(loops_over_layers(line, n_layers) for line in inner):
+            continue
+        for body, n_layers_per_turn in bodies.items():
+            counts.append(divide_counts(count_collectives(computations, body), n_layers_per_turn))
     return tuple(counts)
+
+
+def read_loop_step(line: str) -> int:
+    """Return what a loop's counter rises by: 2 where XLA put two layers into a turn."""
+    step = re.search(r'known_init_step":\{"init":"-?\d+","step":"(\d+)"', line)
+    return int(step[1]) if step else 1
+
+
+def divide_counts(found: LayerCollectives, n: int) -> LayerCollectives:
+    """Return the collectives of one of n layers."""
+    return {
+        kind: CollectiveCount(math.ceil(each.n_ops / n), each.n_bytes / n)
+        for kind, each in found.items()
+    }
 
 
 def split_computations(text: str) -> dict[str, list[str]]:
