@@ -14,7 +14,7 @@ import pytest
 from jaxpt import config, sharding
 from jaxpt.config import Config, MeshConfig, PackConfig, TrainConfig
 from jaxpt.model.attention import attend_plain
-from jaxpt.model.kernels import select
+from jaxpt.model.kernels import blockwise, select
 from jaxpt.model.kernels.blockwise import (
     MAX_QUERY_BLOCK,
     MIN_TOKENS_ALONE,
@@ -107,7 +107,11 @@ def test_every_backend_gives_the_formulas_numbers_and_gradients(backend, window)
     np.testing.assert_allclose(mixed, plain(q, k, v, segments, window), atol=1e-5)
 
 
-def test_a_softcap_gives_the_formulas_numbers_and_gradients_and_only_xla_takes_it():
+@pytest.mark.parametrize("max_unrolled", [0, 512])
+def test_a_softcap_gives_the_formulas_numbers_and_gradients_and_only_xla_takes_it(
+    max_unrolled, monkeypatch
+):
+    monkeypatch.setattr(blockwise, "MAX_UNROLLED_TOKENS", max_unrolled)
     q, k, v, segments = inputs()
     trained = (segments > 0)[..., None, None]
 
@@ -146,11 +150,16 @@ def test_no_backend_lets_a_document_see_its_neighbor(backend):
 
 
 # within a chunk; a short second block; blocks of two chunks, a short last one
-@pytest.mark.parametrize(("T", "window"), [(20, None), (130, None), (1300, 200), (1300, None)])
-def test_query_blocks_equal_the_formula(T, window):
+@pytest.mark.parametrize("max_unrolled", [0, 512])
+@pytest.mark.parametrize(
+    ("T", "window"), [(20, None), (130, None), (450, 70), (1300, 200), (1300, None)]
+)
+def test_query_blocks_equal_the_formula(T, window, max_unrolled, monkeypatch):
+    monkeypatch.setattr(blockwise, "MAX_UNROLLED_TOKENS", max_unrolled)
     args = inputs(lengths=((T // 3, T // 2),), B=1, T=T)
     ours, expected = (
-        jax.jit(attend, static_argnums=4)(*args, window) for attend in (select.attend, plain)
+        jax.jit(lambda *args, attend=attend: attend(*args, window))(*args)
+        for attend in (select.attend, plain)
     )
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 

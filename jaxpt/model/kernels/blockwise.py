@@ -32,6 +32,9 @@ ACCELERATOR_KEY_BLOCK = 512
 # A CPU takes sequences of this length one by one, so that none waits for another's documents.
 # Blocks of a single shorter one would be too little work for its cores.
 MIN_TOKENS_ALONE = 2048
+# Up to this length a CPU's loops over blocks are unrolled: blocks run side by side then, which is
+# worth more than to skip those of other documents.
+MAX_UNROLLED_TOKENS = 512
 LOWEST = float(jnp.finfo(jnp.float32).min)  # exp(-inf - LOWEST) is 0; exp(-inf - -inf) is NaN
 
 
@@ -240,29 +243,33 @@ def attend_blockwise(inputs: Inputs, visibility: Visibility) -> Array:
 def blockwise_attention_fwd(inputs: Inputs, visibility: Visibility) -> tuple[Array, Any]:
     """Return the output, and what backward needs."""
     q = inputs.q
+    key_ranges = find_key_ranges(inputs, visibility)
 
     def attend_group(group: tuple[Queries, Keys]) -> tuple[Array, Array]:
         queries, keys = group
-        attend_block = functools.partial(attend_keys, keys)
-        return jax.lax.map(attend_block, queries)
 
-    def attend_keys(keys: Keys, queries: Queries) -> tuple[Array, Array]:
+        def attend_next(_: None, rows: Queries, seen: range | None) -> tuple[None, Any]:
+            return None, attend_keys(keys, rows, seen)
+
+        return scan_blocks(attend_next, None, queries, key_ranges)[1]
+
+    def attend_keys(keys: Keys, queries: Queries, seen: range | None) -> tuple[Array, Array]:
         def add_keys(block: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
             out, total, row_max = sums
-            seen = take_block(keys, block)
-            scores = compute_scores(queries, seen, visibility)
+            near = take_block(keys, block)
+            scores = compute_scores(queries, near, visibility)
             new_max = jnp.maximum(row_max, jnp.max(scores, axis=-1, keepdims=True))
             decay = jnp.exp(row_max - new_max)
             probs = jnp.exp(scores - new_max)
             total = total * decay + jnp.sum(probs, axis=-1, keepdims=True)
-            probs = probs.astype(seen.v.dtype)
-            out = out * decay + einsum_float32("bkgts,bksh->bkgth", probs, seen.v)
+            probs = probs.astype(near.v.dtype)
+            out = out * decay + einsum_float32("bkgts,bksh->bkgth", probs, near.v)
             return out, total, new_max
 
         zeros = jnp.zeros(queries.q.shape)
         column = zeros[..., :1]
         sums = zeros, column, column + LOWEST
-        out, total, row_max = loop_over_keys(add_keys, queries, sums)
+        out, total, row_max = loop_over_keys(add_keys, queries, seen, sums)
         # At least exp(0), of the largest score. With a window, a query that pads the last block may
         # lie too far behind the last key to see any: without a bound its logsumexp would be -inf,
         # and NaN in backward.
@@ -287,37 +294,41 @@ def blockwise_attention_bwd(visibility: Visibility, residuals: Any, d_out: Array
     inputs, out, logsumexp = residuals
     q, k = inputs.q, inputs.k
     scale = q.shape[-1] ** -0.5
+    key_ranges = find_key_ranges(inputs, visibility)
 
     def group_gradients(group: Any) -> tuple[Array, ...]:
         rows, keys = group
         zeros = jnp.zeros(jnp.swapaxes(keys.k, -1, -2).shape)
         add_queries = functools.partial(block_gradients, keys)
-        (d_keys, d_values), d_queries = jax.lax.scan(add_queries, (zeros, zeros), rows)
+        sums = zeros, zeros
+        (d_keys, d_values), d_queries = scan_blocks(add_queries, sums, rows, key_ranges)
         return d_queries, d_keys, d_values
 
-    def block_gradients(keys: Keys, key_sums: Any, rows: Any) -> tuple[Any, Array]:
+    def block_gradients(
+        keys: Keys, key_sums: Any, rows: Any, seen: range | None
+    ) -> tuple[Any, Array]:
         queries, d_out, logsumexp, d_mean = rows
 
         def add_keys(block: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
             d_queries, d_keys, d_values = sums
-            seen = take_block(keys, block)
-            scores = compute_scores(queries, seen, visibility)
+            near = take_block(keys, block)
+            scores = compute_scores(queries, near, visibility)
             probs = jnp.exp(scores - logsumexp[..., None])
-            d_probs = einsum_float32("bkgth,bksh->bkgts", d_out, seen.v)
+            d_probs = einsum_float32("bkgth,bksh->bkgts", d_out, near.v)
             d_scores = probs * (d_probs - d_mean)
             if visibility.softcap is not None:
                 capped = jnp.where(probs > 0, scores, 0)  # -inf where a key is not seen
                 d_scores *= softcap_gradient(capped, visibility.softcap)
             d_scores = (d_scores * scale).astype(q.dtype)
             probs = probs.astype(d_out.dtype)
-            d_queries += einsum_float32("bkgts,bksh->bkgth", d_scores, seen.k)
+            d_queries += einsum_float32("bkgts,bksh->bkgth", d_scores, near.k)
             by_scores = einsum_float32("bkgth,bkgts->bkhs", queries.q, d_scores)
             by_probs = einsum_float32("bkgth,bkgts->bkhs", d_out, probs)
             d_keys = add_to_block(d_keys, block, by_scores)
             return d_queries, d_keys, add_to_block(d_values, block, by_probs)
 
         sums = jnp.zeros(queries.q.shape), *key_sums
-        d_queries, *key_sums = loop_over_keys(add_keys, queries, sums)
+        d_queries, *key_sums = loop_over_keys(add_keys, queries, seen, sums)
         return tuple(key_sums), d_queries.astype(q.dtype)
 
     # the mean of d_probs under probs, for each query
@@ -335,19 +346,70 @@ blockwise_attention = jax.custom_vjp(attend_blockwise, nondiff_argnums=(1,))
 blockwise_attention.defvjp(blockwise_attention_fwd, blockwise_attention_bwd)
 
 
-def loop_over_keys(add_keys: Callable[..., Any], queries: Queries, sums: Any) -> Any:
-    """Return add_keys(block, sums) run over the blocks of keys that a block of queries sees."""
-    return jax.lax.fori_loop(queries.first_block, queries.end_block, add_keys, sums)
+def find_key_ranges(inputs: Inputs, visibility: Visibility) -> list[range] | None:
+    """Return the blocks of keys that each block of queries may see, None where that is for a loop.
+
+    They are known before the data is, in short sequences on a CPU.
+    """
+    T = inputs.q.shape[1]
+    size, key_size, _ = find_block_sizes(inputs)
+    is_whole = visibility.stride == 1 and isinstance(inputs.offset, int)
+    if not (is_on_cpu() and is_whole and inputs.k.shape[1] <= MAX_UNROLLED_TOKENS):
+        return None
+    ranges = []
+    for start in range(0, T, size):
+        last = inputs.offset + min(start + size, T) - 1
+        window = visibility.window
+        first = 0 if window is None else max(0, inputs.offset + start - window + 1)
+        ranges.append(range(first // key_size, last // key_size + 1))
+    return ranges
 
 
-def take_block(keys: Keys, block: Array) -> Keys:
-    """Return one of the blocks of a group."""
-    return jax.tree.map(lambda x: x[block], keys)
+def scan_blocks(
+    add: Callable[..., tuple[Any, Any]], sums: Any, rows: Any, key_ranges: list[range] | None
+) -> tuple[Any, Any]:
+    """Return jax.lax.scan of add(sums, block of queries, its blocks of keys), or None for these.
+
+    It is unrolled where the blocks of keys are known.
+    """
+    if key_ranges is None:
+        return jax.lax.scan(lambda sums, block: add(sums, block, None), sums, rows)
+    found = []
+    for i, seen in enumerate(key_ranges):
+        sums, result = add(sums, jax.tree.map(lambda x, i=i: x[i], rows), seen)
+        found.append(result)
+    return sums, jax.tree.map(lambda *results: jnp.stack(results), *found)
 
 
-def add_to_block(sums: Array, block: Array, added: Array) -> Array:
-    """Return the sums with those of one block increased, in place within a loop."""
-    return jax.lax.dynamic_update_index_in_dim(sums, sums[block] + added, block, 0)
+def loop_over_keys(
+    add_keys: Callable[..., Any], queries: Queries, seen: range | None, sums: Any
+) -> Any:
+    """Return add_keys(block, sums) run over the blocks of keys that a block of queries sees.
+
+    Blocks that are known are taken as one.
+    """
+    if seen is None:
+        return jax.lax.fori_loop(queries.first_block, queries.end_block, add_keys, sums)
+    return add_keys(seen, sums)
+
+
+def take_block(keys: Keys, block: Array | range) -> Keys:
+    """Return one of the blocks of a group, or adjacent ones as one."""
+    if not isinstance(block, range):
+        return jax.tree.map(lambda x: x[block], keys)
+
+    def join(x: Array, axis: int) -> Array:
+        return jnp.concatenate([x[i] for i in block], axis)
+
+    return Keys(join(keys.k, 2), join(keys.v, 2), join(keys.ids, -1), join(keys.positions, -1))
+
+
+def add_to_block(sums: Array, block: Array | range, added: Array) -> Array:
+    """Return the sums with those of one block, or of adjacent ones, increased."""
+    if not isinstance(block, range):  # in place within a loop
+        return jax.lax.dynamic_update_index_in_dim(sums, sums[block] + added, block, 0)
+    parts = jnp.stack(jnp.split(added, len(block), axis=-1))
+    return sums.at[block.start : block.stop].add(parts)
 
 
 def einsum_float32(letters: str, a: Array, b: Array) -> Array:
@@ -386,6 +448,8 @@ def choose_block_sizes(T: int, S: int, batch_size: int, on_cpu: bool) -> BlockSi
         n_blocks = math.ceil(n / largest)
         return math.ceil(n / n_blocks)
 
+    if on_cpu and S <= MAX_UNROLLED_TOKENS:
+        max_keys = MAX_QUERY_BLOCK
     is_alone = on_cpu and S >= MIN_TOKENS_ALONE
     n_groups = batch_size if is_alone else 1
     return BlockSizes(divide(T, MAX_QUERY_BLOCK), divide(S, max_keys), n_groups)
@@ -412,11 +476,15 @@ def count_mean_key_blocks(seq_len: int, window: int | None, n_shards: int, on_cp
 
 
 def find_block_sizes(inputs: Inputs) -> BlockSizes:
-    """Return the sizes for a device's inputs. Without a mesh it is taken for a CPU."""
+    """Return the sizes for a device's inputs."""
     B, T = inputs.q.shape[:2]
+    return choose_block_sizes(T, inputs.k.shape[1], B, is_on_cpu())
+
+
+def is_on_cpu() -> bool:
+    """Return whether the mesh is of CPUs. Without a mesh it is taken for one."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    on_cpu = device is None or device.platform == "cpu"
-    return choose_block_sizes(T, inputs.k.shape[1], B, on_cpu)
+    return device is None or device.platform == "cpu"
 
 
 def split_queries(inputs: Inputs, visibility: Visibility) -> Queries:
