@@ -49,7 +49,7 @@ def make_tokamax_attention(implementation: str):
     return attend
 
 
-def attention_rows(shape):
+def iterate_attention(shape):
     """Yield (name, function, shapes of its arguments)."""
     kernels = {name: functools.partial(BACKENDS[name], window=None) for name in ("xla", "cudnn")}
     for name in ("mosaic_gpu", "triton"):
@@ -64,7 +64,7 @@ def attention_rows(shape):
         yield name, both, (shape(B, T, N, H), shape(B, T, K, H), shape(B, T, K, H), ids, d_out)
 
 
-def loss_rows(shape):
+def iterate_losses(shape):
     """Yield (name, function, shapes of its arguments)."""
     import tokamax
 
@@ -83,12 +83,13 @@ def loss_rows(shape):
 
 
 def main(what: str):
-    """Print a row for each kernel."""
+    """Print the memory of each kernel."""
     flags.FLAGS.mark_as_parsed()  # tokamax would read the command line
     logging.set_verbosity(logging.ERROR)
-    make_rows, target = {"attention": (attention_rows, "h100:1"), "loss": (loss_rows, "v5p:2x2x1")}[
-        what
-    ]
+    iterate, target = {
+        "attention": (iterate_attention, "h100:1"),
+        "loss": (iterate_losses, "v5p:2x2x1"),
+    }[what]
     device = compile.make_target_devices(hardware.parse_target(target), None)[0]
     backend.get_default_device = lambda: device
     mesh = sharding.make_mesh(config.MeshConfig(), [device])
@@ -98,7 +99,7 @@ def main(what: str):
     def shape(*sizes, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
 
-    for name, function, shapes in make_rows(shape):
+    for name, function, shapes in iterate(shape):
         with jax.set_mesh(mesh):
             compiled = jax.jit(function).lower(*shapes).compile(options)
         memory = compiled.memory_analysis()
