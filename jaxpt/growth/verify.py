@@ -121,8 +121,8 @@ def verify_growth(
             seconds = time.monotonic() - start
             report = measure_statistics(report, models, batches)
         if probe and heldout:
-            few = limit_by_time(heldout, seconds)
-            report = dataclasses.replace(report, probe=run_probe(probe, models, few))
+            limited = limit_by_time(heldout, seconds)
+            report = dataclasses.replace(report, probe=run_probe(probe, models, limited))
     unigram_nats = heldout.unigram_nats if heldout else {}
     verdict = judge_growth(report, unigram_nats)
     if all(grown.is_identity for grown in growths):

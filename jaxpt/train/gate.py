@@ -121,9 +121,9 @@ class HeldoutData:
 
     def limit_to(self, n_sequences: int) -> HeldoutData:
         """Return the same of so many sequences per source, a whole batch at least."""
-        few = copy.copy(self)  # the compiled steps are shared
-        few.n_sequences = min(self.n_sequences, max(n_sequences, self.batch_size))
-        return few
+        limited = copy.copy(self)  # the compiled steps are shared
+        limited.n_sequences = min(self.n_sequences, max(n_sequences, self.batch_size))
+        return limited
 
     def round_batch_size(self, n: int) -> int:
         """Return the next number of sequences that the mesh shards evenly."""

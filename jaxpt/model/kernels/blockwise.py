@@ -248,8 +248,8 @@ def blockwise_attention_fwd(inputs: Inputs, visibility: Visibility) -> tuple[Arr
     def attend_group(group: tuple[Queries, Keys]) -> tuple[Array, Array]:
         queries, keys = group
 
-        def attend_next(_: None, rows: Queries, seen: range | None) -> tuple[None, Any]:
-            return None, attend_keys(keys, rows, seen)
+        def attend_next(_: None, blocks: Queries, seen: range | None) -> tuple[None, Any]:
+            return None, attend_keys(keys, blocks, seen)
 
         return scan_blocks(attend_next, None, queries, key_ranges)[1]
 
@@ -297,17 +297,17 @@ def blockwise_attention_bwd(visibility: Visibility, residuals: Any, d_out: Array
     key_ranges = find_key_ranges(inputs, visibility)
 
     def group_gradients(group: Any) -> tuple[Array, ...]:
-        rows, keys = group
+        blocks, keys = group
         zeros = jnp.zeros(jnp.swapaxes(keys.k, -1, -2).shape)
         add_queries = functools.partial(block_gradients, keys)
         sums = zeros, zeros
-        (d_keys, d_values), d_queries = scan_blocks(add_queries, sums, rows, key_ranges)
+        (d_keys, d_values), d_queries = scan_blocks(add_queries, sums, blocks, key_ranges)
         return d_queries, d_keys, d_values
 
     def block_gradients(
-        keys: Keys, key_sums: Any, rows: Any, seen: range | None
+        keys: Keys, key_sums: Any, blocks: Any, seen: range | None
     ) -> tuple[Any, Array]:
-        queries, d_out, logsumexp, d_mean = rows
+        queries, d_out, logsumexp, d_mean = blocks
 
         def add_keys(block: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
             d_queries, d_keys, d_values = sums
@@ -334,9 +334,9 @@ def blockwise_attention_bwd(visibility: Visibility, residuals: Any, d_out: Array
     # the mean of d_probs under probs, for each query
     products = d_out.astype(jnp.float32) * out.astype(jnp.float32)
     d_mean = jnp.sum(products, axis=-1, keepdims=True)
-    d_rows = split_heads(d_out, inputs), logsumexp, split_heads(d_mean, inputs)
-    rows = split_queries(inputs, visibility), *d_rows
-    d_q, d_k, d_v = jax.lax.map(group_gradients, (rows, split_keys(inputs)))
+    d_blocks = split_heads(d_out, inputs), logsumexp, split_heads(d_mean, inputs)
+    blocks = split_queries(inputs, visibility), *d_blocks
+    d_q, d_k, d_v = jax.lax.map(group_gradients, (blocks, split_keys(inputs)))
     no_gradients: Any = (None, None)
     d_qkv = merge_blocks(d_q, q), merge_blocks(d_k, k), merge_blocks(d_v, k)
     return (Inputs(*d_qkv, *no_gradients),)
@@ -366,17 +366,17 @@ def find_key_ranges(inputs: Inputs, visibility: Visibility) -> list[range] | Non
 
 
 def scan_blocks(
-    add: Callable[..., tuple[Any, Any]], sums: Any, rows: Any, key_ranges: list[range] | None
+    add: Callable[..., tuple[Any, Any]], sums: Any, blocks: Any, key_ranges: list[range] | None
 ) -> tuple[Any, Any]:
     """Return jax.lax.scan of add(sums, block of queries, its blocks of keys), or None for these.
 
     It is unrolled where the blocks of keys are known.
     """
     if key_ranges is None:
-        return jax.lax.scan(lambda sums, block: add(sums, block, None), sums, rows)
+        return jax.lax.scan(lambda sums, block: add(sums, block, None), sums, blocks)
     found = []
     for i, seen in enumerate(key_ranges):
-        sums, result = add(sums, jax.tree.map(lambda x, i=i: x[i], rows), seen)
+        sums, result = add(sums, jax.tree.map(lambda x, i=i: x[i], blocks), seen)
         found.append(result)
     return sums, jax.tree.map(lambda *results: jnp.stack(results), *found)
 
