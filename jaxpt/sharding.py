@@ -208,6 +208,12 @@ def with_logical_constraint(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def is_on_cpu() -> bool:
+    """Return whether the mesh is of CPUs. Without a mesh it is taken for one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is None or device.platform == "cpu"
+
+
 def n_shards(mesh: Mesh | AbstractMesh, axis: str) -> int:
     """Return the number of shards of a logical axis."""
     return n_shards_of_shape(mesh.shape, axis)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
+from jaxpt.model.kernels.cpu_matmul import keep_form
 from jaxpt.model.softcap import apply_softcap, softcap_gradient
 from jaxpt.sharding import n_shards, with_logical_constraint
 
@@ -120,7 +121,9 @@ def sum_chunks_fwd(
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("btv,dv->btd", d_logits, lm_head)
         float32 = jnp.float32
-        d_head += jnp.einsum("btd,btv->dv", hidden, d_logits, preferred_element_type=float32)
+        d_head += keep_form(
+            jnp.einsum("btd,btv->dv", hidden, d_logits, preferred_element_type=float32)
+        )
         return d_head, (tuple(map(jnp.sum, (losses, *reports))), d_hidden)
 
     chunks = split_token_chunks(chunk_tokens, hidden, per_token)

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxpt.model.kernels.sharded import ATTENTION_OUTPUT, Axes, count_shards, shard_map_axes
 from jaxpt.model.softcap import apply_softcap, softcap_gradient
-from jaxpt.sharding import LOGICAL_AXIS_RULES
+from jaxpt.sharding import LOGICAL_AXIS_RULES, is_on_cpu
 
 MAX_QUERY_BLOCK = 128
 # Keys at a time. On a CPU the scores then stay in its caches (512: 0.6 to 0.9 x as fast); an
@@ -479,12 +479,6 @@ def find_block_sizes(inputs: Inputs) -> BlockSizes:
     """Return the sizes for a device's inputs."""
     B, T = inputs.q.shape[:2]
     return choose_block_sizes(T, inputs.k.shape[1], B, is_on_cpu())
-
-
-def is_on_cpu() -> bool:
-    """Return whether the mesh is of CPUs. Without a mesh it is taken for one."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device is None or device.platform == "cpu"
 
 
 def split_queries(inputs: Inputs, visibility: Visibility) -> Queries:
