@@ -1,6 +1,6 @@
 """What growing a model is worth, with its controls: which way to a lower loss costs least.
 
-    python benchmarks/growth.py frontier arms --text 'gutenberg/*.txt' --to runs/growth
+    python benchmarks/growth.py frontier arms --text gutenberg/*.txt --to runs/growth
     python benchmarks/growth.py tables --to benchmarks/growth_results
 
 `rates`     each arm of `upcycle` at several peak rates, on a seed that is not used again
@@ -21,7 +21,6 @@ command to go on after a kill.
 """
 
 import argparse
-import glob
 import json
 import os
 import pathlib
@@ -429,24 +428,23 @@ def adjust_by_holm(values: dict[str, float]) -> dict[str, float]:
 # ---- the command
 
 
-def cut_into_documents(pattern: str, out: pathlib.Path) -> pathlib.Path:
+def cut_into_documents(books: list[pathlib.Path], to: pathlib.Path) -> None:
     """Write whole books as documents of about 4,000 characters, cut between paragraphs.
 
-    A few books leave none to hold out.
+    A few books leave none to hold out. The text is that of the books alone: what is installed
+    differs from machine to machine, and results of two texts cannot be compared.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    file_path = out / "documents.jsonl"
-    if file_path.exists():
-        return file_path
-    with open(file_path, "w", encoding="utf-8") as file:
-        for book in sorted(glob.glob(pattern)):
+    if to.exists():
+        return
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with open(to, "w", encoding="utf-8") as file:
+        for book in sorted(books, key=lambda book: book.name):
             piece: list[str] = []
-            for paragraph in pathlib.Path(book).read_text(encoding="utf-8").split("\n\n"):
+            for paragraph in book.read_text(encoding="utf-8").split("\n\n"):
                 piece.append(paragraph)
                 if sum(map(len, piece)) > 4000:
                     file.write(json.dumps({"text": "\n\n".join(piece)}) + "\n")
                     piece = []
-    return file_path
 
 
 def main() -> None:
@@ -454,17 +452,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="+", choices=[*PARTS, "tables"])
-    parser.add_argument("--text", help="text files as a glob, beside Python's own prose")
+    parser.add_argument("--text", nargs="+", type=pathlib.Path, default=[], help="books")
     parser.add_argument("--to", type=pathlib.Path, required=True)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    sources = ["python:prose"]
-    if arguments.text:
-        documents = cut_into_documents(arguments.text, arguments.to)
-        sources.append(f"books=jsonl:{documents}#text")
-    text = Text(tuple(sources), str(arguments.to))
     results = arguments.to / "results.jsonl"
+    text = Text((f"books=jsonl:{arguments.to / 'documents.jsonl'}#text",), str(arguments.to))
     if arguments.parts != ["tables"]:
+        cut_into_documents(arguments.text, pathlib.Path(text.directory) / "documents.jsonl")
         text.make()
     for part in arguments.parts:
         found = growth_runs.read_results(results)
