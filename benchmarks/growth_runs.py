@@ -43,6 +43,7 @@ from jaxpt.model import transformer
 from jaxpt.model.param import ParamSpec, map_param_specs
 from jaxpt.spec import ModelSpec
 from jaxpt.train import gate, state, step
+from jaxpt.train.schedule import make_schedule
 from jaxpt.train.state import TrainState
 
 SEQ_LEN = 128
@@ -224,6 +225,7 @@ class Trainer:
         self.mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
         self.dataset = loader.open_packed(self.packed)
         self.states: dict[Any, Any] = {}
+        self.steps: dict[Any, step.TrainStep] = {}  # compiled once, whatever the schedule
 
     def train(self, run: Run, forks: set[Any]) -> dict[str, Any]:
         """Return a run's result. States at `forks` are kept for the runs that follow."""
@@ -292,11 +294,7 @@ class Trainer:
             optim = dataclasses.replace(
                 optim, schedule="wsd", decay_frac=segment.n_steps / n_after, end_lr_frac=0.0
             )
-        # four micro-batches stay in the cache: 8 x 64 takes 0.6 to 0.8 times the CPU time; the
-        # router's losses of a mixture would be means over micro-batches
-        n_parts = 1 if spec.n_experts else 4
-        train = config.TrainConfig(steps=steps, batch_size=run.batch_size, grad_accum_steps=n_parts)
-        make_step = step.build_step(spec, train, optim, SEQ_LEN, self.mesh, new_params)
+        make_step = self.build_step(spec, run.batch_size, optim, steps, new_params)
         batches = self.batches(run, before.n_steps)
         for done in range(1, segment.n_steps + 1):
             now, _ = make_step(now, next(batches))
@@ -314,6 +312,24 @@ class Trainer:
             before.flops + cost,
             before.cpu_seconds + cpu_seconds() - started,
         )
+
+    def build_step(
+        self,
+        spec: ModelSpec,
+        batch_size: int,
+        optim: config.OptimConfig,
+        steps: int,
+        new_params: NewParams,
+    ) -> step.TrainStep:
+        """Return the step on a schedule; what has grown differently is compiled anew."""
+        key = spec, batch_size, repr(new_params.to_record())
+        if key not in self.steps:
+            # four micro-batches stay in the cache: 8 x 64 takes 0.6 to 0.8 times the CPU time; the
+            # router's losses of a mixture would be means over micro-batches
+            n_parts = 1 if spec.n_experts else 4
+            train = config.TrainConfig(steps=steps, batch_size=batch_size, grad_accum_steps=n_parts)
+            self.steps[key] = step.build_step(spec, train, optim, SEQ_LEN, self.mesh, new_params)
+        return dataclasses.replace(self.steps[key], schedule=make_schedule(optim, steps))
 
     def optim(self, run: Run) -> config.OptimConfig:
         return config.OptimConfig(peak_lr=run.peak_lr, schedule="constant")

@@ -22,15 +22,14 @@ SLOW = f"""
 import runpy, time
 from jaxpt.train import step
 class Slow:
-    def __init__(self, run):
-        self.run = run
-    def lower(self, *args):
-        return self
-    def compile(self):
-        return self
-    def __call__(self, *args):
-        time.sleep(0.2)
-        return self.run(*args)
+    def __init__(self, built):
+        self.built = built
+    def compile(self, *args):
+        compiled = self.built.compile(*args)
+        def run(*args):
+            time.sleep(0.2)
+            return compiled(*args)
+        return run
 build_step = step.build_step
 step.build_step = lambda *args: Slow(build_step(*args))
 runpy.run_path({str(ROOT / "scripts/train.py")!r}, run_name="__main__")

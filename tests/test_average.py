@@ -14,6 +14,7 @@ from jaxpt.plan import roofline
 from jaxpt.spec import UserError
 from jaxpt.train import average, merge, state, step
 from jaxpt.train.records import CheckpointRecord
+from jaxpt.train.schedule import find_average_window
 from jaxpt.weights import checkpoint, load
 
 # 12 steps: 3 of warm-up, constant from the 4th to the 9th, then the decay
@@ -134,9 +135,9 @@ def test_a_window_that_is_no_number_of_steps_is_refused(value):
 
 def test_a_window_longer_than_the_constant_phase_is_refused():
     with pytest.raises(UserError, match="expected at most 6, the steps at the constant rate"):
-        average.find_window(dataclasses.replace(OPTIM, average=7), 12)
+        find_average_window(dataclasses.replace(OPTIM, average=7), 12)
     cosine = OptimConfig(schedule="cosine", average=0.9)
     with pytest.raises(
         UserError, match=r"expected at most 0, .* Set fewer, or optim\.schedule=wsd"
     ):
-        average.find_window(cosine, 12)
+        find_average_window(cosine, 12)

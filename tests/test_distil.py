@@ -258,7 +258,7 @@ def train(mesh, n=3, distill_spec=DISTILL_SPEC, **knobs):
         batch = batch if distill_spec.teacher else make_samples(batch)
         now, scalars = run(now, test_train.put(batch, mesh), *more)
         found.append({name: float(scalars[name]) for name in ("loss", "kl", "alpha", "grad_norm")})
-    assert run._cache_size() == 1
+    assert run.program._cache_size() == 1
     return found, now, more
 
 

@@ -31,6 +31,7 @@ from jaxpt.model import loss, transformer
 from jaxpt.model.param import is_param_spec
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train import begin, optimizer, state, step
+from jaxpt.train.schedule import make_lr_schedule
 from jaxpt.weights.load import LoadedModel
 
 COURSE = ModelSpec(
@@ -600,7 +601,7 @@ def test_a_growth_adds_one_compilation_and_leaves_the_state_sharded_as_at_init()
     is_new = find_new_params(grew)["layers"]
     assert [bool(momentum.any()) for momentum in momenta] == [not new for new in is_new]
     now, run = trained(settings, grew.child, mesh, 2, now, new_params)
-    assert run._cache_size() == 1 and int(now.step) == 4
+    assert run.program._cache_size() == 1 and int(now.step) == 4
 
 
 def test_new_parts_learn_as_in_a_fresh_run_and_old_ones_go_on(one):
@@ -621,7 +622,7 @@ def test_new_parts_learn_as_in_a_fresh_run_and_old_ones_go_on(one):
     grads = gradient(grew.child, now.params, batch := make_batch(seed=0))
     grad = np.asarray(grads["blocks"]["gate"], np.float64) / batch.loss_mask.sum()
     after, _ = trained(settings, grew.child, one, 1, now, new_params)
-    lr = float(optimizer.make_lr_schedule(optim, TrainConfig(steps=40))(3))
+    lr = float(make_lr_schedule(optim, TrainConfig(steps=40))(3))
     mean, square = (
         optim.b1 * mean + (1 - optim.b1) * grad,
         optim.b2 * square + (1 - optim.b2) * grad**2,

@@ -225,7 +225,7 @@ def train(mesh, lora=LORA, base=SMALL_SPEC, n=5, accum=1):
     for i in range(n):
         now, scalars = run(now, test_train.put(test_train.make_batch(i), mesh))
         losses.append(float(scalars["loss"]))
-    assert run._cache_size() == 1
+    assert run.program._cache_size() == 1
     return np.array(losses), now, spec
 
 

@@ -240,7 +240,7 @@ def test_any_optimizer_grows_sharded_and_goes_on(name, policy):
         grown.child, settings.train, settings.optim, settings.pack.seq_len, mesh, new_params
     )
     now, losses = take_steps(run, now, mesh, range(3, 8))
-    assert np.isfinite(losses).all() and losses[-1] < losses[0] and run._cache_size() == 1
+    assert np.isfinite(losses).all() and losses[-1] < losses[0] and run.program._cache_size() == 1
 
 
 def test_moments_are_those_of_the_child_and_counts_are_kept(one):

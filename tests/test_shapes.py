@@ -26,11 +26,12 @@ from jaxpt.initialize import make_random_spec
 from jaxpt.model import transformer
 from jaxpt.plan import answer
 from jaxpt.spec import UserError
-from jaxpt.train import optimizer, shapes, step
+from jaxpt.train import shapes, step
 from jaxpt.train.begin import RunStart
 from jaxpt.train.context import open_run
 from jaxpt.train.meter import LostWork
 from jaxpt.train.records import HeldoutRecord, TrainProgress
+from jaxpt.train.schedule import make_lr_schedule
 from jaxpt.train.session import Session
 from jaxpt.weights import huggingface
 from jaxpt.weights.load import LoadedModel
@@ -249,10 +250,10 @@ def test_a_resumed_run_compiles_all_shapes_at_its_start(make_session, monkeypatc
 def test_the_rate_follows_the_root_of_the_tokens_per_step():
     train = TrainConfig(steps=20, shape_schedule=((0, 8, 64), (4, 16, 64), (9, 8, 32)))
     optim = OptimConfig(peak_lr=2.0, schedule="constant", warmup_frac=0, batch_power=0.5)
-    rate = optimizer.make_lr_schedule(optim, train)
+    rate = make_lr_schedule(optim, train)
     rates = [float(rate(jnp.int32(n))) for n in range(12)]
     assert rates == pytest.approx([2.0] * 4 + [2 * 2**0.5] * 5 + [2 / 2**0.5] * 3)
-    kept = optimizer.make_lr_schedule(dataclasses.replace(optim, batch_power=0.0), train)
+    kept = make_lr_schedule(dataclasses.replace(optim, batch_power=0.0), train)
     assert float(kept(jnp.int32(5))) == 2.0
 
 

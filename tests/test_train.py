@@ -19,6 +19,7 @@ from jaxpt.model import transformer
 from jaxpt.model.param import is_param_spec
 from jaxpt.spec import Batch, UserError
 from jaxpt.train import distributed, forgetting, optimizer, state, step
+from jaxpt.train.schedule import make_lr_schedule
 
 # three layers: on a CPU the step is unrolled, and compiles by the layer
 SPEC = SMALL_SPEC
@@ -158,7 +159,7 @@ def test_state_is_initialized_sharded_keeps_its_shardings_and_compiles_once(shar
     now = state.init_state(transformer.init_params(SPEC, 0, mesh), SPEC, SETTINGS.optim, mesh)
     for i in range(3):
         now, _ = run(now, put(make_batch(i), mesh))
-    assert run._cache_size() == 1
+    assert run.program._cache_size() == 1
     expected = state.make_abstract_state(SPEC, SETTINGS.optim, mesh)
     jax.tree.map(
         lambda leaf, goal: (
@@ -210,7 +211,7 @@ def test_a_warmup_step_keeps_the_state_and_is_the_steps_one_compile(sharded):
     now = step.run_warmup_step(run, now, step.make_abstract_batch(16, 32, mesh))
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(now))
     run(now, put(make_batch(1), mesh))
-    assert run._cache_size() == 1
+    assert run.program._cache_size() == 1
 
 
 def test_remat_changes_memory_not_numbers(one):
@@ -315,14 +316,14 @@ def test_every_update_has_the_learning_rate_of_its_schedule(name):
     optim = OptimConfig(
         peak_lr=2.0, warmup_frac=0.25, schedule=name, end_lr_frac=0.1, decay_frac=1 / 3
     )
-    schedule = optimizer.make_lr_schedule(optim, TrainConfig(steps=12))
+    schedule = make_lr_schedule(optim, TrainConfig(steps=12))
     rates = [float(schedule(jnp.int32(n))) for n in range(12)]
     assert rates == pytest.approx([2.0 * part for part in SCHEDULES[name]], rel=1e-5)
 
 
 def test_without_a_warmup_the_first_update_is_at_the_peak_or_one_step_down():
     optim = OptimConfig(peak_lr=2.0, warmup_frac=0, schedule="linear", end_lr_frac=0.0)
-    schedule = optimizer.make_lr_schedule(optim, TrainConfig(steps=5))
+    schedule = make_lr_schedule(optim, TrainConfig(steps=5))
     rates = [float(schedule(jnp.int32(n))) for n in range(5)]
     assert rates == pytest.approx([1.6, 1.2, 0.8, 0.4, 0.0], abs=1e-6)
 
@@ -330,10 +331,27 @@ def test_without_a_warmup_the_first_update_is_at_the_peak_or_one_step_down():
 @pytest.mark.parametrize(("steps", "n_warmup"), [(1, 0), (2, 1), (4, 2), (30, 18), (50, 30)])
 def test_a_warmup_is_a_share_of_the_steps_and_leaves_one(steps, n_warmup):
     optim = OptimConfig(peak_lr=2.0, warmup_frac=0.6, schedule="constant")
-    schedule = optimizer.make_lr_schedule(optim, TrainConfig(steps=steps))
+    schedule = make_lr_schedule(optim, TrainConfig(steps=steps))
     rates = [float(schedule(jnp.int32(n))) for n in range(steps)]
     rising = [2.0 * (n + 1) / n_warmup for n in range(n_warmup)]
     assert rates == pytest.approx(rising + [2.0] * (steps - n_warmup))
+
+
+def test_runs_that_differ_in_rates_and_steps_share_a_program(one):
+    """A sweep of rates is compiled once."""
+
+    def lower(steps, **optim):
+        train = dataclasses.replace(SETTINGS.train, steps=steps)
+        optim = dataclasses.replace(SETTINGS.optim, **optim)
+        built = step.build_step(SPEC, train, optim, SETTINGS.pack.seq_len, one)
+        goal = state.make_abstract_state(SPEC, optim, one)
+        batch = step.make_abstract_batch(train.batch_size, SETTINGS.pack.seq_len, one)
+        return built.lower(goal, batch).as_text()
+
+    first = lower(12, schedule="wsd", peak_lr=3e-3, warmup_frac=0.25)
+    assert lower(35, schedule="wsd", peak_lr=1e-3, warmup_frac=0, end_lr_frac=0.3) == first
+    assert lower(12, schedule="constant", decay_frac=0.4) == first
+    assert lower(12, schedule="wsd", clip_norm=0.7) != first
 
 
 def test_decay_is_by_name_never_on_norms_biases_or_embedding():
@@ -374,7 +392,7 @@ def test_muon_gives_one_curve_on_any_mesh_and_keeps_half_of_adams_moments(one):
     alone, now, _ = train(one, MUON, n=4, spec=spec)
     spread, _, run = train(sharding.make_mesh(MeshConfig(fsdp=4, tensor=2)), MUON, n=4, spec=spec)
     np.testing.assert_allclose(spread, alone, rtol=2e-5)
-    assert run._cache_size() == 1 and alone[-1] < alone[0] - 0.1
+    assert run.program._cache_size() == 1 and alone[-1] < alone[0] - 0.1
     muon, adam = (masked.inner_state for masked in now.opt_state[0])
     names = lambda tree: {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
     matrices = {"q", "k", "v", "o", "gate", "up", "down"}

@@ -23,8 +23,8 @@ from jaxpt.plan.cost import TargetPlan, abbreviate_count, format_cents, format_s
 from jaxpt.plan.scaling import LossPoint, ScalingFit, ScalingLaw
 from jaxpt.spec import ModelSpec, Record, UserError
 from jaxpt.text import format_table, wrap_notes
-from jaxpt.train.optimizer import count_warmup_steps
 from jaxpt.train.records import HeldoutMetrics
+from jaxpt.train.schedule import count_warmup_steps
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,8 @@ import numpy as np
 
 from jaxpt.config import OptimConfig
 from jaxpt.model.transformer import Params
-from jaxpt.spec import UserError
-from jaxpt.train import optimizer
 from jaxpt.train.records import AverageRecord
+from jaxpt.train.schedule import find_average_window, is_moving
 
 # The number of weights averaged, and beside it their sum or their moving average, float32, nested
 # and sharded as what trains. None in a run that averages nothing.
@@ -24,34 +23,10 @@ Average = dict[str, Any]
 COUNT, SUM, EMA = "count", "sum", "ema"
 
 
-def find_window(optim: OptimConfig, n_steps: int) -> range:
-    """Return the updates, counted from 1, after which the weights join the average, if any.
-
-    Raises:
-        UserError: the schedule has no constant phase of so many steps.
-    """
-    if not optim.average:
-        return range(0)
-    phase = optimizer.find_constant_phase(optim, n_steps)
-    n = len(phase) if is_moving(optim) else int(optim.average)
-    if not 0 < n <= len(phase):
-        raise UserError(
-            f"optim.average: expected at most {len(phase)}, the steps at the constant rate of this "
-            f"schedule ({optim.schedule}, {n_steps:,} steps), got {optim.average:g}. Set fewer, or "
-            "optim.schedule=wsd."
-        )
-    return phase[-n:]
-
-
 def describe_average(optim: OptimConfig, n_steps: int) -> AverageRecord | None:
     """Return what a run's average is of; None without one."""
-    window = find_window(optim, n_steps)
+    window = find_average_window(optim, n_steps)
     return AverageRecord(optim.average, window[0], window[-1]) if window else None
-
-
-def is_moving(optim: OptimConfig) -> bool:
-    """Return whether the average is an exponential moving one."""
-    return optim.average < 1
 
 
 def make_abstract_average(optim: OptimConfig, params: Params, count: Any) -> Average | None:

@@ -23,11 +23,12 @@ from jaxpt.model.transformer import Params
 from jaxpt.spec import LoraSpec, Manifest, ModelSpec, UserError
 from jaxpt.stage import read_manifest, read_spec
 from jaxpt.text import format_table
-from jaxpt.train import forgetting, gate, meter, metrics, optimizer, provenance, state, step
+from jaxpt.train import forgetting, gate, meter, metrics, provenance, state, step
 from jaxpt.train.average import describe_average, init_average
 from jaxpt.train.context import RunContext
 from jaxpt.train.meter import LostWork
 from jaxpt.train.records import CheckpointRecord, HeldoutRecord, TrainProgress
+from jaxpt.train.schedule import count_warmup_steps, make_lr_schedule
 from jaxpt.train.state import TrainState
 from jaxpt.weights import checkpoint
 from jaxpt.weights.load import LoadedModel, list_sources
@@ -399,7 +400,7 @@ def warn_of_higher_rate(record: CheckpointRecord, config: Config, run_dir: io.Pa
         run_dir: where the checkpoints before it are.
     """
     step = record.step
-    n_warmup = optimizer.count_warmup_steps(config.optim, config.train.steps)
+    n_warmup = count_warmup_steps(config.optim, config.train.steps)
     if step <= n_warmup or not is_rate_higher(config, step, record.lr):
         return
     after = find_rate(config, step + 1)
@@ -427,7 +428,7 @@ def is_rate_higher(config: Config, step: int, lr: float | None) -> bool:
 
 def find_rate(config: Config, step: int) -> float:
     """Return the learning rate of a step, counted from 1."""
-    lr_at = optimizer.make_lr_schedule(config.optim, config.train)
+    lr_at = make_lr_schedule(config.optim, config.train)
     return float(lr_at(jnp.int32(step - 1)))
 
 

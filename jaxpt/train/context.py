@@ -19,7 +19,8 @@ from jaxpt.growth.growth import ReadBatches
 from jaxpt.sharding import check_batch_divides
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.text import name_some
-from jaxpt.train import average, gate, optimizer, shapes, webhook, writers
+from jaxpt.train import gate, optimizer, shapes, webhook, writers
+from jaxpt.train.schedule import find_average_window
 from jaxpt.train.step import DistillSpec, find_frozen_spec
 from jaxpt.train.teacher import Teacher, open_teacher
 
@@ -100,7 +101,7 @@ def open_run(
             these sequences.
     """
     optimizer.check_name(config.optim)
-    average.find_window(config.optim, config.train.steps)  # raises if the schedule has none
+    find_average_window(config.optim, config.train.steps)  # raises if the schedule has none
     if config.train.wandb_project:
         writers.check_wandb()
     webhook.read_url()  # raises if it is none

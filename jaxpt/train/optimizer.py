@@ -1,4 +1,4 @@
-"""Optimizers as optax transformations, by name; learning rates by group and step.
+"""Optimizers as optax transformations, by name; learning rates by group.
 
 The contract is optax's: the gradient of the mean loss, clipped, goes in; what comes out is added
 to the parameters.
@@ -19,14 +19,13 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from jaxpt.config import OptimConfig, TrainConfig, check_choice
+from jaxpt.config import OptimConfig, check_choice
 from jaxpt.growth.moments import ITERATES, PathEntries
 from jaxpt.growth.new_params import NewParams, new_param_mask
 from jaxpt.model import transformer
 from jaxpt.model.param import ParamSpec, ParamSpecs, list_param_specs, map_param_specs
 from jaxpt.model.transformer import Params
 from jaxpt.spec import ModelSpec, UserError
-from jaxpt.train import shapes
 from jaxpt.train.low_precision import pack_moments
 
 MUON_RMS = 0.2  # of an update: Adam's (Moonlight, 2502.16982)
@@ -43,7 +42,7 @@ class OptimizerInputs(NamedTuple):
         learning_rate: of this update, float32 scalar. It follows the run's step, so that a skipped
             update does not delay the schedule.
         n_updates: int32 scalar, updates since step 0, this one included and skipped ones not.
-        n_warmup: steps of the run's warm-up, which new parameters repeat.
+        n_warmup: int32 scalar, steps of the run's warm-up, which new parameters repeat.
     """
 
     optim: OptimConfig
@@ -51,7 +50,7 @@ class OptimizerInputs(NamedTuple):
     new_params: NewParams
     learning_rate: Any
     n_updates: Any
-    n_warmup: int
+    n_warmup: Any
 
 
 def make_adamw(inputs: OptimizerInputs) -> optax.GradientTransformation:
@@ -149,7 +148,7 @@ def make_optimizer(
     new_params: NewParams = NewParams(),
     learning_rate: Any = 0.0,
     n_updates: Any = 0,
-    n_warmup: int = 0,
+    n_warmup: Any = 0,
 ) -> optax.GradientTransformation:
     """Return the transformation that optim.name names.
 
@@ -316,7 +315,7 @@ def warm_up_new_params(inputs: OptimizerInputs) -> optax.GradientTransformation:
 
     def warm_up(updates: Any, params: Any) -> Any:
         own = count_own_updates(inputs)
-        factor = jnp.minimum(own / max(inputs.n_warmup, 1), 1)
+        factor = jnp.minimum(own / jnp.maximum(inputs.n_warmup, 1), 1)
         return scale_new_params(updates, factor, inputs)
 
     return optax.stateless(warm_up)
@@ -344,7 +343,7 @@ def scale_new_params(updates: Any, factor: jax.Array, inputs: OptimizerInputs) -
     return map_with_specs(scale, inputs.specs, updates)
 
 
-# ---- learning rates
+# ---- learning rates by group
 
 
 def lr_multiplier_tree(optim: OptimConfig, spec: ModelSpec, new_params: NewParams) -> Params | None:
@@ -435,53 +434,3 @@ def layer_group_mask(group: str, spec: ModelSpec, n_dims: int) -> np.ndarray:
     is_member = (first <= layers) & (layers <= last)
     other_axes = [1] * (n_dims - 1)
     return is_member.reshape(-1, *other_axes)
-
-
-def count_warmup_steps(optim: OptimConfig, steps: int) -> int:
-    """Return the steps of the warm-up of a run: a share of its steps, never all of them."""
-    return min(round(optim.warmup_frac * steps), steps - 1)
-
-
-def find_constant_phase(optim: OptimConfig, steps: int) -> range:
-    """Return the updates between warm-up and decay, counted from 1."""
-    warmup = count_warmup_steps(optim, steps)
-    decay_start = warmup
-    if optim.schedule == "wsd":
-        decay_steps = max(round(steps * optim.decay_frac), 1)
-        decay_start = max(steps - decay_steps, warmup)
-    elif optim.schedule == "constant":
-        decay_start = steps
-    return range(warmup + 1, decay_start + 1)
-
-
-def make_lr_schedule(optim: OptimConfig, train: TrainConfig) -> Callable[[jax.Array], jax.Array]:
-    """Return the learning rate as a function of the updates done before: 0 for the first one.
-
-    Updates count from 1, as in torchtitan ("0-indexed step, hence + 1 adjustments",
-    components/lr_scheduler.py) and in the formula of 2405.18392: update n of a warm-up of N has
-    peak_lr x n / N, so that the first one moves the weights and the last one has peak_lr. Then wsd
-    stays and falls linearly over the last decay_frac of the steps, cosine and linear fall all the
-    way. The last update has peak_lr x end_lr_frac. train.shape_schedule multiplies it by factors
-    of its own, see optim.batch_power.
-    """
-    steps = train.steps
-    factors = shapes.list_rate_factors(train, optim.batch_power)
-    warmup, end = count_warmup_steps(optim, steps), optim.end_lr_frac
-    decay_start = find_constant_phase(optim, steps).stop - 1
-    decay_steps = max(steps - decay_start, 1)
-
-    def lr_at(n_updates: jax.Array) -> jax.Array:
-        n = n_updates + 1
-        rise = jnp.minimum(n / warmup, 1.0) if warmup else 1.0
-        progress = (n - decay_start) / decay_steps
-        progress = jnp.clip(progress, 0.0, 1.0)
-        fall = 1 - progress
-        if optim.schedule == "cosine":
-            fall = (1 + jnp.cos(jnp.pi * progress)) / 2
-        above_end = (1 - end) * fall
-        factor = 1.0
-        for start, of_shape in factors:
-            factor = jnp.where(n_updates >= start, of_shape, factor)
-        return factor * optim.peak_lr * rise * (end + above_end)
-
-    return lr_at

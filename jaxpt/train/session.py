@@ -357,8 +357,7 @@ class Session:
             frozen_params = teacher_model.params if teacher_model else self.reference
             more = () if frozen_params is None else (frozen_params,)
             abstract = self.make_abstract_state(), self.make_abstract_batch(shape)
-            compiled = built.lower(*abstract, *more).compile()
-            self.compiled[shape] = lambda state, batch: compiled(state, batch, *more)
+            self.compiled[shape] = built.compile(*abstract, *more)
         return self.compiled[shape]
 
     def compile_steps(self) -> Any:

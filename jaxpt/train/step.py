@@ -5,6 +5,7 @@ The same code trains, and is compiled by the planner for chips that are not here
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -29,7 +30,8 @@ from jaxpt.sharding import (
 )
 from jaxpt.spec import Batch, ModelSpec, TeacherSamples, UserError
 from jaxpt.train import optimizer
-from jaxpt.train.average import add_weights, find_window
+from jaxpt.train.average import add_weights
+from jaxpt.train.schedule import Schedule, compute_lr, make_schedule
 from jaxpt.train.state import (
     SkipState,
     TrainState,
@@ -83,6 +85,39 @@ class LossInputs(NamedTuple):
     alpha: Any = None
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """The jitted step(state, batch) -> (state, Scalars) on a schedule.
+
+    The state is donated, and returned with the shardings that it came with. A third argument is the
+    parameters of the teacher, or of DPO's reference unless the base without adapters is that.
+
+    Attributes:
+        program: jitted step(state, batch, schedule, frozen_params).
+        schedule: of the run.
+    """
+
+    program: Any
+    schedule: Schedule
+
+    def __call__(self, state: TrainState, batch: Batch, *frozen: Params) -> Any:
+        """Run a step."""
+        return self.program(state, batch, self.schedule, *frozen)
+
+    def trace(self, state: TrainState, batch: Batch, *frozen: Params) -> jax.stages.Traced:
+        """Return the traced step of such arguments."""
+        return self.program.trace(state, batch, self.schedule, *frozen)
+
+    def lower(self, state: TrainState, batch: Batch, *frozen: Params) -> jax.stages.Lowered:
+        """Return the lowered step of such arguments, whose program takes the schedule third."""
+        return self.program.lower(state, batch, self.schedule, *frozen)
+
+    def compile(self, state: TrainState, batch: Batch, *frozen: Params) -> Callable[..., Any]:
+        """Return the step, compiled for such arguments and with these frozen parameters."""
+        compiled = self.lower(state, batch, *frozen).compile()
+        return lambda state, batch: compiled(state, batch, self.schedule, *frozen)
+
+
 def build_step(
     spec: ModelSpec,
     train: TrainConfig,
@@ -91,11 +126,8 @@ def build_step(
     mesh: Mesh,
     new_params: NewParams = NewParams(),
     distill_spec: DistillSpec | None = None,
-) -> Any:
-    """Return the jitted step(state, batch) -> (state, Scalars).
-
-    The state is donated, and returned with the shardings that it came with. A third argument is the
-    parameters of the teacher, or of DPO's reference unless the base without adapters is that.
+) -> TrainStep:
+    """Return the train step.
 
     Args:
         spec: the architecture.
@@ -110,10 +142,12 @@ def build_step(
         UserError: the settings do not work on this mesh.
     """
     sum_gradients = make_gradient_function(spec, train, seq_len, mesh, distill_spec)
-    update = make_update_function(spec, optim, train, new_params, mesh)
+    update = make_update_function(spec, optim, new_params, mesh)
 
-    def step(state: TrainState, batch: Batch, frozen_params: Params | None = None) -> Any:
-        loss_inputs = make_loss_inputs(distill_spec, state.step, train.steps, frozen_params)
+    def step(
+        state: TrainState, batch: Batch, schedule: Schedule, frozen_params: Params | None = None
+    ) -> Any:
+        loss_inputs = make_loss_inputs(distill_spec, state.step, schedule.n_steps, frozen_params)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             grads, loss_sum, side = sum_gradients(state.params, batch, loss_inputs)
         n_targets = count_targets(train, batch)
@@ -125,46 +159,39 @@ def build_step(
         is_finite = jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
         good = is_finite & ~is_spike(state, grad_norm, train.spike_factor)
         scale = compute_scale(optim, per_token, grad_norm)
-        params, opt_state, lr = update(state, grads, scale, multipliers, good)
+        rates = compute_lr(schedule, state.step, optim, train), schedule.n_warmup
+        params, opt_state = update(state, grads, scale, rates, multipliers, good)
         params = move_router_bias(spec, params, side.loads, multipliers, good)
         skips = update_skip_state(state.skip_state, grad_norm, good)
-        average = update_average(spec, optim, train, state, params, good)
-        scalars = {
-            "loss_sum": loss_sum,  # nats, over the batch, without z-loss
-            "n_targets": n_targets,  # the sum of the loss mask, or the number of pairs
-            "loss": loss_sum / jnp.maximum(n_targets, 1),
-            "grad_norm": grad_norm,  # of the mean gradient, before clipping
-            "lr": lr,
-            "n_skipped": skips.n_skipped,  # since step 0
-            "consecutive_skips": skips.consecutive_skips,  # this step included
-            **report_layers(side, params, per_token, loss_inputs.alpha),
-        }
+        average = update_average(spec, optim, schedule, state, params, good)
+        scalars = report_loss(loss_sum, n_targets, grad_norm, skips)
+        scalars |= {"lr": rates[0], **report_layers(side, params, per_token, loss_inputs.alpha)}
         return TrainState(state.step + 1, params, opt_state, skips, average), scalars
 
     frozen = list_frozen_shardings(spec, train, distill_spec, mesh)
-    return jit_step(step, make_abstract_state(spec, optim, mesh), frozen, mesh)
+    in_state = state_shardings(make_abstract_state(spec, optim, mesh))
+    return TrainStep(jit_step(step, in_state, frozen, mesh), make_schedule(optim, train.steps))
 
 
-def jit_step(step: Callable, abstract: TrainState, frozen: list[Any], mesh: Mesh) -> Any:
+def jit_step(step: Callable, in_state: Any, frozen: list[Any], mesh: Mesh) -> Any:
     """Return the step, jitted with the shardings of its state and of frozen parameters."""
-    in_state = state_shardings(abstract)
-    in_shardings = (in_state, make_batch_sharding(mesh), *frozen)
-    out = (in_state, make_replicated_sharding(mesh))
+    replicated = make_replicated_sharding(mesh)
+    in_shardings = (in_state, make_batch_sharding(mesh), replicated, *frozen)
+    out = (in_state, replicated)
     return jax.jit(step, in_shardings=in_shardings, out_shardings=out, donate_argnums=0)
 
 
 def update_average(
     spec: ModelSpec,
     optim: OptimConfig,
-    train: TrainConfig,
+    schedule: Schedule,
     state: TrainState,
     params: Params,
     good: jax.Array,
 ) -> Any:
     """Return the average of the weights after a step, which takes them in its window if good."""
-    window = find_window(optim, train.steps)
     n = state.step + 1
-    takes = good & (n >= window.start) & (n < window.stop)
+    takes = good & (n >= schedule.average_start) & (n < schedule.average_stop)
     return add_weights(state.average, select_trained(spec, params), optim, takes)
 
 
@@ -206,14 +233,28 @@ def compute_scale(optim: OptimConfig, per_token: jax.Array, grad_norm: jax.Array
 
 
 def make_loss_inputs(
-    distill_spec: DistillSpec | None, step: jax.Array, n_steps: int, frozen_params: Params | None
+    distill_spec: DistillSpec | None, step: jax.Array, n_steps: Any, frozen_params: Params | None
 ) -> LossInputs:
     """Return what the loss reads in the step after `step` others."""
     if distill_spec is None:
         return LossInputs(frozen_params)
     first, last = distill_spec.config.alpha
-    done = jnp.minimum(step / max(n_steps - 1, 1), 1)
+    done = jnp.minimum(step / jnp.maximum(n_steps - 1, 1), 1)
     return LossInputs(frozen_params, first + (last - first) * done)
+
+
+def report_loss(
+    loss_sum: jax.Array, n_targets: jax.Array, grad_norm: jax.Array, skips: SkipState
+) -> Scalars:
+    """Return what every step reports of its loss and of skipped updates."""
+    return {
+        "loss_sum": loss_sum,  # nats, over the batch, without z-loss
+        "n_targets": n_targets,  # the sum of the loss mask, or the number of pairs
+        "loss": loss_sum / jnp.maximum(n_targets, 1),
+        "grad_norm": grad_norm,  # of the mean gradient, before clipping
+        "n_skipped": skips.n_skipped,  # since step 0
+        "consecutive_skips": skips.consecutive_skips,  # this step included
+    }
 
 
 def report_layers(
@@ -229,23 +270,26 @@ def report_layers(
 
 
 def make_update_function(
-    spec: ModelSpec, optim: OptimConfig, train: TrainConfig, new_params: NewParams, mesh: Mesh
-) -> Callable[..., tuple[Params, Any, jax.Array]]:
-    """Return update(state, grads, scale, multipliers, good) -> (params, opt_state, lr).
+    spec: ModelSpec, optim: OptimConfig, new_params: NewParams, mesh: Mesh
+) -> Callable[..., tuple[Params, Any]]:
+    """Return update(state, grads, scale, rates, multipliers, good) -> (params, opt_state).
 
     Gradients are of the summed loss, by what trains: all parameters, or the adapters; `scale`
-    divides and clips them. Multipliers of the learning rate are nested like them, or None. A bad
-    step changes nothing.
+    divides and clips them. The rates are the step's and the number of warm-up steps. Multipliers of
+    the learning rate are nested like the gradients, or None. A bad step changes nothing.
     """
-    lr_schedule = optimizer.make_lr_schedule(optim, train)
-    n_warmup = optimizer.count_warmup_steps(optim, train.steps)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def update(
-        state: TrainState, grads: Params, scale: jax.Array, multipliers: Any, good: jax.Array
-    ) -> tuple[Params, Any, jax.Array]:
+        state: TrainState,
+        grads: Params,
+        scale: jax.Array,
+        rates: tuple[jax.Array, jax.Array],
+        multipliers: Any,
+        good: jax.Array,
+    ) -> tuple[Params, Any]:
         optimizer.check_lr_multipliers(optim, state.opt_state)
-        lr = lr_schedule(state.step)
+        lr, n_warmup = rates
         n_updates = state.step - state.skip_state.n_skipped + 1
         tx = optimizer.make_optimizer(optim, spec, new_params, lr, n_updates, n_warmup)
 
@@ -258,7 +302,7 @@ def make_update_function(
 
         trained = select_trained(spec, state.params)
         trained, opt_state = update_if(good, apply, trained, state.opt_state, on_cpu)
-        return replace_subtree(state.params, trained), opt_state, lr
+        return replace_subtree(state.params, trained), opt_state
 
     return update
 
