@@ -159,7 +159,7 @@ def child(name: str):
     largest = max(arrays, key=lambda array: math.prod(array[1]))
     layers = [
         ", ".join(f"{kind}: {each.n_ops}" for kind, each in found.items()) or "none"
-        for found in compile.count_layer_collectives(text, spec.n_layers)
+        for found in compile.count_layer_collectives(text, spec.n_layers, mesh.size)
     ]
     host = (
         f" + {memory.host_temp_size_in_bytes / 2**30:.1f} on the host"

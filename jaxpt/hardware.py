@@ -377,11 +377,15 @@ class Target:
         return math.prod(self.topology) * self.chip.devices_per_chip
 
     @property
-    def receive_bandwidth(self) -> float:
-        """Bytes/s that a device can receive from the others."""
-        if self.chip.platform == "cuda" and self.n_devices > GPUS_PER_HOST:
-            return INTER_HOST_BANDWIDTH / 2
-        return self.chip.link_bandwidth / 2
+    def n_near(self) -> int:
+        """Consecutive devices that the chip's own links join: a host's GPUs, or all."""
+        return GPUS_PER_HOST if self.chip.platform == "cuda" else self.n_devices
+
+    def count_receive_seconds(self, n_bytes: float, near_bytes: float) -> float:
+        """Return the seconds in which a device receives so many bytes, some from near devices."""
+        near = self.chip.link_bandwidth / 2
+        far = near if self.n_devices <= self.n_near else INTER_HOST_BANDWIDTH / 2
+        return near_bytes / near + (n_bytes - near_bytes) / far
 
     @property
     def devices_per_host(self) -> int:

@@ -171,9 +171,10 @@ def test_a_device_alone_receives_nothing(spec):
         share = roofline.DeviceShare.from_config(SMALL.train, SMALL.pack.seq_len, mesh)
         return roofline.estimate_comm_bytes(spec, share)
 
-    assert count_received(alone) == 0
     axes = ("fsdp", "expert", "tensor", "context")
-    assert all(count_received(alone | {cut: 2}) > 0 for cut in axes)
+    assert count_received(alone) == dict.fromkeys(axes, 0)
+    for cut in axes:
+        assert {axis for axis, n in count_received(alone | {cut: 2}).items() if n} == {cut}
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "minimal", "full"])
@@ -512,13 +513,13 @@ def test_collectives_are_read_off_the_loop_over_layers():
         return jax.lax.scan(layer, x, stacked)[0]
 
     (found,) = compile.count_layer_collectives(
-        jax.jit(run).lower(x, stacked).compile().as_text(), L
+        jax.jit(run).lower(x, stacked).compile().as_text(), L, mesh.size
     )
     assert (
         found["all-gather"].n_bytes == 8 * D * D * 4
         and sum(each.n_bytes for each in found.values()) == 8 * D * D * 4
     )
-    assert roofline.count_received_bytes(found) == 8 * D * D * 4
+    assert roofline.count_received_bytes(found) == (8 * D * D * 4, 8 * D * D * 4)
 
 
 def test_two_layers_in_a_turn_are_counted_as_two_and_a_first_micro_batch_not_again():
@@ -541,8 +542,9 @@ def test_two_layers_in_a_turn_are_counted_as_two_and_a_first_micro_batch_not_aga
     text = ""
     for name, lines in computations.items():
         text += "\n".join([f"{name} (p: f32[]) -> f32[] {{", *lines, "}\n"])
-    (found,) = compile.count_layer_collectives(text, 9)
-    assert found == {"all-gather": compile.CollectiveCount(1, 24 * 40 * 4)}
+    for n_near, near_bytes in ((4, 24 * 40 * 4), (3, 0)):
+        (found,) = compile.count_layer_collectives(text, 9, n_near)
+        assert found == {"all-gather": compile.CollectiveCount(1, 24 * 40 * 4, near_bytes)}
 
 
 def test_a_started_collective_and_a_scattered_one_count_their_whole_arrays():
@@ -564,6 +566,46 @@ def test_a_started_collective_and_a_scattered_one_count_their_whole_arrays():
     )
     n_bytes = compile.count_collective_bytes(started, "reduce-scatter-start")
     assert n_bytes == 24 * 24 * 2 + 4 * 8 * 4
+
+
+GROUPS = {
+    "replica_groups={{0,4},{1,5},{2,6},{3,7}}": [0, 4],
+    "source_target_pairs={{3,0},{0,1},{1,2},{2,3}}": [3, 0],
+    "replica_groups=[2,4]<=[8]": [0, 1, 2, 3],
+    "replica_groups=[4,2]<=[2,4]T(1,0)": [0, 4],
+    "replica_groups=mesh['fsdp'=2,'tensor'=4] {'tensor'}": [0, 1, 2, 3],
+    "replica_groups=mesh['fsdp'=2,'tensor'=4] {'fsdp'}": [0, 4],
+}
+
+
+@pytest.mark.parametrize(("text", "devices"), GROUPS.items())
+def test_the_devices_of_a_collective_are_read_in_every_form(text, devices):
+    line = f"  %r = f32[6,24]{{1,0}} all-reduce(%w), channel_id=1, {text}, to_apply=%add"
+    assert compile.list_group(line) == devices
+
+
+def test_what_moves_within_a_gpu_host_moves_at_the_speed_of_its_links():
+    def seconds(on, **axes):
+        target = hardware.parse_target(on)
+        mesh = dict.fromkeys(sharding.MESH_AXES, 1) | axes
+        knobs = dataclasses.replace(SMALL.train, batch_size=32, compute_dtype="bfloat16")
+        spec = ModelSpec(
+            n_layers=5, d_model=96, d_ff=320, n_heads=8, n_kv_heads=8, d_head=16, vocab_size=128
+        )
+        share = roofline.DeviceShare.from_config(knobs, 64, mesh)
+        state_bytes = roofline.StateBytes(4, 0, 0, 0)
+        analysis = roofline.estimate_step(spec, state_bytes, knobs, 64, mesh, "xla")
+        received = roofline.estimate_comm_bytes(spec, share)
+        found = roofline.compute_roofline(analysis, target, knobs).network_seconds
+        return found, received["fsdp"], received["tensor"]
+
+    within, between = 900e9 / 2, 100e9 / 2
+    found, fsdp, tensor = seconds("h100:8", fsdp=2, tensor=4)
+    assert found == pytest.approx((fsdp + tensor) / within)
+    found, fsdp, tensor = seconds("h100:16", fsdp=4, tensor=4)
+    assert found == pytest.approx(fsdp / between + tensor / within)
+    found, fsdp, tensor = seconds("h100:16", fsdp=2, tensor=8)
+    assert found == pytest.approx(fsdp / between + tensor / within)
 
 
 def test_hours_and_money_follow_from_speed(on_cpu):

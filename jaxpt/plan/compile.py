@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src.cudnn import fused_attention_stablehlo as fused
 from jax.experimental import topologies
 from jax.extend import backend, core
@@ -208,7 +209,7 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
     )
     if not missing:
         lowered = trace_step(spec, settings, mesh).lower()
-        analysis = analyze_compiled_step(analysis, lowered, target.chip.platform)
+        analysis = analyze_compiled_step(analysis, lowered, target)
     seconds = round(time.monotonic() - start, 1)
     return dataclasses.replace(analysis, analysis_seconds=seconds)
 
@@ -294,14 +295,15 @@ def count_bytes_per_device(tree: Any) -> int:
     return total
 
 
-def analyze_compiled_step(analysis: StepAnalysis, lowered: Any, platform: str) -> StepAnalysis:
+def analyze_compiled_step(analysis: StepAnalysis, lowered: Any, target: Target) -> StepAnalysis:
     """Return the analysis with what the compiler reports, or what it expected if it gave up.
 
     Args:
         analysis: by arithmetic and tracing.
         lowered: the lowered train step (jax.stages.Lowered).
-        platform: "tpu", "cuda" or "cpu".
+        target: what it is compiled for.
     """
+    platform = target.chip.platform
     # XLA tries its Triton kernels for matmuls on the card and passes over those whose tiling does
     # not exist. With no card it stops there (at 60 x 24, say). Plain matmuls compile in every shape
     # and take more memory: the 8B shape on 8 H100 30.5 GiB against 26.9.
@@ -319,7 +321,8 @@ def analyze_compiled_step(analysis: StepAnalysis, lowered: Any, platform: str) -
         )
     layer_collectives = ()
     if platform != "cpu":  # a CPU may have several layers in a turn
-        layer_collectives = count_layer_collectives(compiled.as_text(), analysis.n_layers)
+        text = compiled.as_text()
+        layer_collectives = count_layer_collectives(text, analysis.n_layers, target.n_near)
     costs = compiled.cost_analysis() or {}
     return dataclasses.replace(
         analysis,
@@ -430,10 +433,11 @@ ARRAY = re.compile(rf"\b({'|'.join(DTYPE_BYTES)})\[([\d,]+)\]")
 MIN_STACKED_ARRAYS = 8  # a loop over layers carries the stacked weights: a dozen arrays
 
 
-def count_layer_collectives(text: str, n_layers: int) -> tuple[LayerCollectives, ...]:
+def count_layer_collectives(text: str, n_layers: int, n_near: int) -> tuple[LayerCollectives, ...]:
     """Return what a layer runs in each loop over layers, forward first.
 
-    It is empty if the program has no such loop, as where all layers are unrolled.
+    Bytes are near in groups within so many consecutive devices. It is empty if the program has no
+    such loop, as where all layers are unrolled.
     """
     computations = split_computations(text)
     counts = []
@@ -448,7 +452,8 @@ def count_layer_collectives(text: str, n_layers: int) -> tuple[LayerCollectives,
         if any(loops_over_layers(line, n_layers) for line in inner):
             continue
         for body, n_layers_per_turn in bodies.items():
-            counts.append(divide_counts(count_collectives(computations, body), n_layers_per_turn))
+            found = count_collectives(computations, body, n_near)
+            counts.append(divide_counts(found, n_layers_per_turn))
     return tuple(counts)
 
 
@@ -461,7 +466,7 @@ def read_loop_step(line: str) -> int:
 def divide_counts(found: LayerCollectives, n: int) -> LayerCollectives:
     """Return the collectives of one of n layers."""
     return {
-        kind: CollectiveCount(math.ceil(each.n_ops / n), each.n_bytes / n)
+        kind: CollectiveCount(math.ceil(each.n_ops / n), each.n_bytes / n, each.near_bytes / n)
         for kind, each in found.items()
     }
 
@@ -486,27 +491,34 @@ def loops_over_layers(line: str, n_layers: int) -> bool:
     return bool(is_loop) and len(stacked_arrays) >= MIN_STACKED_ARRAYS
 
 
-def count_collectives(computations: dict[str, list[str]], name: str) -> LayerCollectives:
+def count_collectives(
+    computations: dict[str, list[str]], name: str, n_near: int
+) -> LayerCollectives:
     """Return the collectives of a computation and of all that it calls, inner loops multiplied."""
     total: LayerCollectives = {}
 
-    def add(kind: str, n_ops: int, n_bytes: float) -> None:
+    def add(kind: str, n_ops: int, n_bytes: float, near_bytes: float) -> None:
         before = total.get(kind, CollectiveCount(0, 0))
-        total[kind] = CollectiveCount(before.n_ops + n_ops, before.n_bytes + n_bytes)
+        total[kind] = CollectiveCount(
+            before.n_ops + n_ops, before.n_bytes + n_bytes, before.near_bytes + near_bytes
+        )
 
     for line in computations.get(name, []):
         match = re.search(r" ([a-z\-]+)\(", line)
         operation = match[1] if match else ""
         kind = operation.removesuffix("-start")
         if kind in COLLECTIVES:
-            add(kind, 1, count_collective_bytes(line, operation))
+            n_bytes = count_collective_bytes(line, operation)
+            group = list_group(line)
+            add(kind, 1, n_bytes, n_bytes if max(group) - min(group) < n_near else 0)
             continue
         trip_count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
         n_turns = int(trip_count[1]) if trip_count and kind == "while" else 1
         for called in re.findall(r"(?:calls|to_apply|body)=%?([\w.\-]+)", line):
-            inner = count_collectives(computations, called)
+            inner = count_collectives(computations, called, n_near)
             for inner_kind, count in inner.items():
-                add(inner_kind, n_turns * count.n_ops, n_turns * count.n_bytes)
+                n_bytes, near_bytes = n_turns * count.n_bytes, n_turns * count.near_bytes
+                add(inner_kind, n_turns * count.n_ops, n_bytes, near_bytes)
     return total
 
 
@@ -529,21 +541,33 @@ def count_collective_bytes(line: str, operation: str) -> float:
     if operation == "reduce-scatter-start":
         return sum(sizes[:half])
     if operation == "reduce-scatter":  # the result is one shard of the array
-        return sum(sizes) * count_group_devices(line)
+        return sum(sizes) * len(list_group(line))
     return sum(sizes)
 
 
-def count_group_devices(line: str) -> int:
-    """Return how many devices take part in one group of a collective."""
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+def list_group(line: str) -> list[int]:
+    """Return the devices of a collective's first group, such as {0,8}; one alone if it has none."""
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line)
     if listed:
-        return len(listed[1].split(","))
+        return list(map(int, listed[1].split(",")))
     named = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
     if named:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
-    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
-    return int(counted[1]) if counted else 1
+        taken = re.findall(r"'(\w+)'", named[2])
+        devices = np.arange(math.prod(map(int, sizes.values()))).reshape(
+            [*map(int, sizes.values())]
+        )
+        return (
+            devices[tuple(slice(None) if axis in taken else 0 for axis in sizes)].ravel().tolist()
+        )
+    # [4,2]<=[2,4]T(1,0): 4 groups of 2, of the devices counted along 2 x 4 and transposed
+    counted = re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+    if not counted:
+        return [0]
+    dims = list(map(int, counted[2].split(",")))
+    order = list(map(int, counted[3].split(","))) if counted[3] else range(len(dims))
+    devices = np.arange(math.prod(dims)).reshape(dims).transpose(order)
+    return devices.ravel()[: int(counted[1])].tolist()
 
 
 # ---- descriptions of NVIDIA cards, in the text form that XLA's GPU compiler reads

@@ -238,7 +238,7 @@ def project_target(
         loop_body_flops=analysis.loop_body_flops,
         compiler_flops=analysis.compiler_flops,
         layer_collectives=analysis.layer_collectives,
-        comm_bytes_per_layer=analysis.comm_bytes / max(spec.n_layers, 1),
+        comm_bytes_per_layer=sum(analysis.comm_bytes.values()) / max(spec.n_layers, 1),
         compute_seconds=roof.compute_seconds,
         memory_seconds=roof.memory_seconds,
         network_seconds=roof.network_seconds,

@@ -6,6 +6,7 @@ The time of a step lies between what matmuls, memory and links would each take a
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -35,6 +36,7 @@ class CollectiveCount(Record):
 
     n_ops: int
     n_bytes: float  # of the whole arrays, summed over the operations
+    near_bytes: float = 0  # of them, those among devices that the chip's own links join
 
 
 LayerCollectives = dict[str, CollectiveCount]  # collective, such as "all-gather" -> count
@@ -57,7 +59,7 @@ class StepAnalysis(Record):
     export_bytes: int  # while weights are gathered for export
     peak_bytes: int  # a lower bound where exceeds_memory
     exceeds_memory: bool  # the compiler gave up
-    comm_bytes: float  # received per device per step for sharded weights, activations and sequences
+    comm_bytes: dict[str, float]  # axis of the mesh -> received over it per device per step
     memory_traffic_bytes: float  # read and written per device per step
     executed_flops: float  # per step over all devices, recomputation included
     loop_body_flops: float | None  # per device, each loop body counted once, as compilers count
@@ -100,11 +102,16 @@ def compute_roofline(analysis: StepAnalysis, target: Target, train: TrainConfig)
         compute += analysis.low_flops / chip.peak_flops(dtype)
     compute /= target.n_devices
     memory = analysis.memory_traffic_bytes / chip.memory_bandwidth
-    network = analysis.comm_bytes / target.receive_bandwidth
+    near = [
+        axis for axis in analysis.comm_bytes if count_span(analysis.mesh, axis) <= target.n_near
+    ]
+    near_bytes = sum(analysis.comm_bytes[axis] for axis in near)
+    network = target.count_receive_seconds(sum(analysis.comm_bytes.values()), near_bytes)
 
-    layer_bytes = sum(map(count_received_bytes, analysis.layer_collectives))
+    received = [count_received_bytes(found) for found in analysis.layer_collectives]
     n_turns = analysis.n_layers * train.grad_accum_steps
-    compiled_network = layer_bytes * n_turns / target.receive_bandwidth
+    layer_seconds = sum(target.count_receive_seconds(*each) for each in received)
+    compiled_network = n_turns * layer_seconds
 
     slow_compute = compute / chip.efficiency.low
     fast_compute = compute / chip.efficiency.high
@@ -117,16 +124,23 @@ def compute_roofline(analysis: StepAnalysis, target: Target, train: TrainConfig)
     )
 
 
-def count_received_bytes(collectives: LayerCollectives) -> float:
-    """Return the least bytes that a device receives for them.
+def count_span(mesh: dict[str, int], axis: str) -> int:
+    """Return among how many consecutive devices an axis lies: later axes have closer neighbours."""
+    later = sharding.MESH_AXES[sharding.MESH_AXES.index(axis) :]
+    return math.prod(mesh[name] for name in later)
+
+
+def count_received_bytes(collectives: LayerCollectives) -> tuple[float, float]:
+    """Return the least bytes that a device receives for them, and how many from near devices.
 
     An all-reduce brings each number twice: once to be added and once as the sum.
     """
-    total = 0.0
+    total = near = 0.0
     for kind, count in collectives.items():
         n_times = 2 if kind == "all-reduce" else 1
         total += n_times * count.n_bytes
-    return total
+        near += n_times * count.near_bytes
+    return total, near
 
 
 # ---- one device, by rule of thumb
@@ -276,8 +290,8 @@ def count_expert_rows(spec: ModelSpec, share: DeviceShare) -> int:
     return share.n_expert * min(spec.n_experts_per_token, n_own)
 
 
-def estimate_comm_bytes(spec: ModelSpec, share: DeviceShare) -> float:
-    """Return the least bytes that a device receives per step.
+def estimate_comm_bytes(spec: ModelSpec, share: DeviceShare) -> dict[str, float]:
+    """Return axis of the mesh -> the least bytes that a device receives over it per step.
 
     fsdp: weights are gathered per micro-batch for forward and backward, and float32 gradients are
     summed on the way back. tensor: each layer's two results are summed in forward, backward and
@@ -295,8 +309,9 @@ def estimate_comm_bytes(spec: ModelSpec, share: DeviceShare) -> float:
     n_received = 3 * tokens * (share.n_context - 1)
     context = n_received * kv_width * n_bytes
     expert = 6 * tokens * (share.n_expert - 1) * spec.d_model * n_bytes
-    layers = spec.n_layers * (tensor + context + expert)
-    return share.grad_accum_steps * (fsdp + layers)
+    of_layer = {"expert": expert, "tensor": tensor, "context": context}
+    micro_batch = {"fsdp": fsdp} | {axis: spec.n_layers * n for axis, n in of_layer.items()}
+    return {axis: share.grad_accum_steps * n for axis, n in micro_batch.items()}
 
 
 def estimate_memory_traffic_bytes(
@@ -402,7 +417,7 @@ def estimate_step(
         export_bytes=params_bytes + largest_tensor * state.param,
         peak_bytes=state_bytes + temporary_bytes,
         exceeds_memory=False,
-        comm_bytes=round(estimate_comm_bytes(spec, share)),
+        comm_bytes=estimate_comm_bytes(spec, share),
         memory_traffic_bytes=round(traffic),
         executed_flops=train.batch_size * seq_len * per_token,
         loop_body_flops=None,
@@ -435,13 +450,14 @@ def add_frozen(
     per_token = frozen.n_layers * 2 * width * n_bytes + logits
     traffic = 2 * gathered * n_bytes + tokens * per_token
     flops = count_forward_flops_per_token(frozen, seq_len)
+    comm_bytes = analysis.comm_bytes
     return dataclasses.replace(
         analysis,
         frozen_bytes=own_bytes,
         frozen_flops_per_token=flops,
         restore_bytes=analysis.restore_bytes + own_bytes,
         peak_bytes=analysis.peak_bytes + own_bytes + temporary,
-        comm_bytes=analysis.comm_bytes + round(share.grad_accum_steps * received),
+        comm_bytes=comm_bytes | {"fsdp": comm_bytes["fsdp"] + share.grad_accum_steps * received},
         memory_traffic_bytes=analysis.memory_traffic_bytes
         + round(share.grad_accum_steps * traffic),
         executed_flops=analysis.executed_flops + train.batch_size * seq_len * flops,
