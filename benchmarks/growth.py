@@ -24,7 +24,6 @@ import argparse
 import json
 import os
 import pathlib
-import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -32,6 +31,7 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 import growth_runs
+import growth_tables
 from growth_runs import Run, Segment, Shape, Text
 
 from jaxpt import stage
@@ -152,26 +152,27 @@ def stops_at(shape: Shape, budget: float) -> list[int]:
 
 # ---- arms: a full size, its parts, the small models left alone, and growing
 
-FULL = Shape(8, 64)
-BUDGET = 1.8e13  # FLOPs of the full size: 14 tokens per parameter
+FULL = Shape(4, 64)
+BUDGET = 1.2e13  # FLOPs: the full size is the best one there, with 28 tokens per parameter
 ARM_RATE = 4e-3  # the frontier's best of FULL
 SHORTER = (0.25, 0.4, 0.5)  # of the budget, for the full size alone
 # arm -> (the shape before, its operator, the share of the tokens before it)
 GROWN = {
-    "1 layer, jump at 50 %": (Shape(1, 64), "deepen(L=8)", 0.5),
-    "1 layer, jump at 70 %": (Shape(1, 64), "deepen(L=8)", 0.7),
-    "1 layer, jump at 80 %": (Shape(1, 64), "deepen(L=8)", 0.8),
-    "4 layers, stack at 50 %": (Shape(4, 64), "stack(g=2)", 0.5),
-    "4 layers, deepen at 50 %": (Shape(4, 64), "deepen(L=8)", 0.5),
-    "4 layers, identity layers at 50 %": (Shape(4, 64), "insert_identity(every=1)", 0.5),
-    "6 layers, depth up-scaling at 50 %": (Shape(6, 64), "depth_upscale(m=2)", 0.5),
+    "1 layer, jump at 50 %": (Shape(1, 64), "deepen(L=4)", 0.5),
+    "1 layer, jump at 70 %": (Shape(1, 64), "deepen(L=4)", 0.7),
+    "1 layer, jump at 80 %": (Shape(1, 64), "deepen(L=4)", 0.8),
+    "2 layers, stack at 50 %": (Shape(2, 64), "stack(g=2)", 0.5),
+    "2 layers, deepen at 50 %": (Shape(2, 64), "deepen(L=4)", 0.5),
+    "2 layers, identity layers at 50 %": (Shape(2, 64), "insert_identity(every=1)", 0.5),
+    "3 layers, depth up-scaling at 50 %": (Shape(3, 64), "depth_upscale(m=1)", 0.5),
     "half the width, widened at 50 %": (
-        Shape(8, 32),
+        Shape(4, 32),
         "widen(d=64, ff=176, heads=4, noise=0.2)",
         0.5,
     ),
 }
-ALSO_FRESH = ("1 layer, jump at 70 %", "4 layers, stack at 50 %")
+CURVE_STEPS = 250
+ALSO_FRESH = ("1 layer, jump at 70 %", "2 layers, stack at 50 %")
 
 
 def plan_arms(results: list[dict[str, Any]]) -> list[Run]:
@@ -185,20 +186,21 @@ def plan_arms(results: list[dict[str, Any]]) -> list[Run]:
                 for each in SHORTER
                 if each < share
             ]
-            arm = f"8 layers, {share:g} of the FLOPs"
+            arm = f"{FULL.n_layers} layers, {share:g} of the FLOPs"
             segments = make_plain_segments(n_steps, stops)
-            runs.append(Run("arms", arm, FULL, segments, ARM_RATE, seed, BATCH))
-        for depth in (1, 2, 4):
+            n_curve = CURVE_STEPS if share == 1 else 0
+            runs.append(Run("arms", arm, FULL, segments, ARM_RATE, seed, BATCH, n_curve))
+        for depth in range(1, FULL.n_layers):
             arm = f"{depth} layer{'s' * (depth > 1)}, never grown"
             small = Shape(depth, FULL.d_model)
             runs.append(make_plain("arms", arm, small, BUDGET, ARM_RATE, seed, BATCH))
         for arm, (small, operator, share) in GROWN.items():
             segments = make_grown_segments(small, operator, share, "reset_new")
-            runs.append(Run("arms", arm, small, segments, ARM_RATE, seed, BATCH, n_curve=500))
+            runs.append(Run("arms", arm, small, segments, ARM_RATE, seed, BATCH, CURVE_STEPS))
             if arm in ALSO_FRESH:
                 segments = make_grown_segments(small, operator, share, "fresh")
                 name = f"{arm}, fresh moments"
-                runs.append(Run("arms", name, small, segments, ARM_RATE, seed, BATCH, n_curve=500))
+                runs.append(Run("arms", name, small, segments, ARM_RATE, seed, BATCH, CURVE_STEPS))
     return runs
 
 
@@ -326,105 +328,6 @@ PARTS = {
     "init": plan_init,
 }
 
-# ---- tables
-
-
-def print_tables(results: list[dict[str, Any]]) -> None:
-    """Print all tables whose results are there."""
-    print_rates(results, "upcycle rates")
-    print_paired(results, "upcycle", "base, trained on")
-    print_operators(results)
-    print_rates(results, "frontier")
-    print_paired(results, "arms", "8 layers, 1 of the FLOPs")
-    print_rates(results, "transfer")
-    print_rates(results, "init")
-
-
-def print_rates(results: list[dict[str, Any]], part: str) -> None:
-    """Print the loss of each arm at each rate, the mean of its seeds; the best one is bold."""
-    found = [result for result in results if result["part"] == part]
-    if not found:
-        return
-    rates = sorted({result["peak_lr"] for result in found})
-    arms = dict.fromkeys(result["arm"] for result in found)
-    print(f"\n| {part} | " + " | ".join(f"{rate:g}" for rate in rates) + " |")
-    print("|---|" + "---|" * len(rates))
-    for arm in sorted(arms):
-        losses: dict[float, float] = {}
-        for rate in rates:
-            seeds = [r["loss"] for r in found if r["arm"] == arm and r["peak_lr"] == rate]
-            if seeds:
-                losses[rate] = statistics.mean(seeds)
-        cells = [f"{losses[rate]:.3f}" if rate in losses else "" for rate in rates]
-        best = rates.index(min(losses, key=lambda rate: losses[rate]))
-        cells[best] = f"**{cells[best]}**"
-        print(f"| {arm} | " + " | ".join(cells) + " |")
-
-
-def print_paired(results: list[dict[str, Any]], part: str, control: str) -> None:
-    """Print each arm's loss, and its difference to a control seed by seed."""
-    arms: dict[str, dict[int, dict[str, Any]]] = {}
-    for result in results:
-        if result["part"] == part:
-            arms.setdefault(result["arm"], {})[result["seed"]] = result
-    if control not in arms:
-        return
-    print(
-        f"\n| arm | rate | parameters | FLOPs | tokens | CPU seconds | loss | less {control} "
-        "| p (Holm) | seeds |\n|---|---|---|---|---|---|---|---|---|---|"
-    )
-    tests = {}
-    for arm, runs in arms.items():
-        shared = sorted(set(runs) & set(arms[control]))
-        if arm != control and len(shared) > 1:
-            differences = [runs[s]["loss"] - arms[control][s]["loss"] for s in shared]
-            tests[arm] = growth_runs.paired_interval(differences)
-    adjusted = adjust_by_holm({arm: p for arm, (_, _, p) in tests.items()})
-    for arm, runs in sorted(arms.items(), key=lambda item: mean_of(item[1].values(), "loss")):
-        first = next(iter(runs.values()))
-        difference, p = "", ""
-        if arm in tests:
-            mean, half, _ = tests[arm]
-            difference, p = f"{mean:+.3f} ± {half:.3f}", f"{adjusted[arm]:.2g}"
-        losses = [run["loss"] for run in runs.values()]
-        print(
-            f"| {arm} | {first['peak_lr']:g} | {first['n_params'] / 1e3:,.0f} k "
-            f"| {first['flops']:.2e} | {first['tokens'] / 1e6:.2f} M "
-            f"| {mean_of(runs.values(), 'cpu_seconds'):.0f} "
-            f"| {statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}) "
-            f"| {difference} | {p} | {len(runs)} |"
-        )
-
-
-def print_operators(results: list[dict[str, Any]]) -> None:
-    """Print what each operator does to the loss at once, and after the same steps."""
-    found = [result for result in results if result["part"] == "operators"]
-    if not found:
-        return
-    print("\n| operator | layers | parameters | at once | after 200 steps |\n|---|---|---|---|---|")
-    for arm in (operator or "(the base, trained on)" for operator in OPERATORS):
-        for result in found:
-            if result["arm"] == arm:
-                (_, initial_loss), *_ = result["curve"]
-                print(
-                    f"| `{arm}` | {result['layers']} | {result['n_params'] / 1e3:,.0f} k "
-                    f"| {initial_loss:.3f} | {result['loss']:.3f} |"
-                )
-
-
-def mean_of(results: Iterable[dict[str, Any]], key: str) -> float:
-    return statistics.mean(result[key] for result in results)
-
-
-def adjust_by_holm(values: dict[str, float]) -> dict[str, float]:
-    """Return p values adjusted for as many tests (Holm 1979)."""
-    adjusted, highest = {}, 0.0
-    for rank, (name, p) in enumerate(sorted(values.items(), key=lambda item: item[1])):
-        highest = max(highest, min(1.0, (len(values) - rank) * p))
-        adjusted[name] = highest
-    return adjusted
-
-
 # ---- the command
 
 
@@ -464,7 +367,7 @@ def main() -> None:
     for part in arguments.parts:
         found = growth_runs.read_results(results)
         if part == "tables":
-            print_tables(found)
+            growth_tables.print_tables(found, f"{FULL.n_layers} layers, ", OPERATORS)
         else:
             growth_runs.train_all(PARTS[part](found), text, results, arguments.processes)
 

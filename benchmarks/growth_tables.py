@@ -1,0 +1,216 @@
+"""What the growth experiment's results say, as tables in Markdown."""
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+import growth_runs
+import numpy as np
+from growth_runs import Shape
+
+Results = list[dict[str, Any]]
+
+
+def print_tables(results: Results, full: str, operators: Iterable[str]) -> None:
+    """Print all tables whose results are there.
+
+    Args:
+        results: of all parts.
+        full: how the names of the full size's arms begin, "4 layers, ".
+        operators: of that part, in the table's order.
+    """
+    print_rates(results, "upcycle rates")
+    print_paired(results, "upcycle", "base, trained on")
+    print_operators(results, operators)
+    print_rates(results, "frontier")
+    print_frontier(results)
+    print_paired(results, "arms", f"{full}1 of the FLOPs")
+    print_savings(results, full)
+    print_rates(results, "transfer")
+    print_rates(results, "init")
+
+
+def print_rates(results: Results, part: str) -> None:
+    """Print the loss of each arm at each rate, the mean of its seeds; the best one is bold."""
+    found = [result for result in results if result["part"] == part]
+    if not found:
+        return
+    rates = sorted({result["peak_lr"] for result in found})
+    arms = dict.fromkeys(result["arm"] for result in found)
+    print(f"\n| {part} | " + " | ".join(f"{rate:g}" for rate in rates) + " |")
+    print("|---|" + "---|" * len(rates))
+    for arm in sorted(arms):
+        losses: dict[float, float] = {}
+        for rate in rates:
+            seeds = [r["loss"] for r in found if r["arm"] == arm and r["peak_lr"] == rate]
+            if seeds:
+                losses[rate] = statistics.mean(seeds)
+        cells = [f"{losses[rate]:.3f}" if rate in losses else "" for rate in rates]
+        best = rates.index(min(losses, key=lambda rate: losses[rate]))
+        cells[best] = f"**{cells[best]}**"
+        print(f"| {arm} | " + " | ".join(cells) + " |")
+
+
+def print_paired(results: Results, part: str, control: str) -> None:
+    """Print each arm's loss, and its difference to a control seed by seed."""
+    arms: dict[str, dict[int, dict[str, Any]]] = {}
+    for result in results:
+        if result["part"] == part:
+            arms.setdefault(result["arm"], {})[result["seed"]] = result
+    if control not in arms:
+        return
+    print(
+        f"\n| arm | rate | parameters | FLOPs | tokens | CPU seconds | loss | less {control} "
+        "| p (Holm) | seeds |\n|---|---|---|---|---|---|---|---|---|---|"
+    )
+    tests = {}
+    for arm, runs in arms.items():
+        shared = sorted(set(runs) & set(arms[control]))
+        if arm != control and len(shared) > 1:
+            differences = [runs[s]["loss"] - arms[control][s]["loss"] for s in shared]
+            tests[arm] = growth_runs.paired_interval(differences)
+    adjusted = adjust_by_holm({arm: p for arm, (_, _, p) in tests.items()})
+    for arm, runs in sorted(arms.items(), key=lambda item: mean_of(item[1].values(), "loss")):
+        first = next(iter(runs.values()))
+        difference, p = "", ""
+        if arm in tests:
+            mean, half, _ = tests[arm]
+            difference, p = f"{mean:+.3f} ± {half:.3f}", f"{adjusted[arm]:.2g}"
+        losses = [run["loss"] for run in runs.values()]
+        print(
+            f"| {arm} | {first['peak_lr']:g} | {first['n_params'] / 1e3:,.0f} k "
+            f"| {first['flops']:.2e} | {first['tokens'] / 1e6:.2f} M "
+            f"| {mean_of(runs.values(), 'cpu_seconds'):.0f} "
+            f"| {statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}) "
+            f"| {difference} | {p} | {len(runs)} |"
+        )
+
+
+def print_frontier(results: Results) -> None:
+    """Print each shape's lowest loss at each budget, at the best of its rates.
+
+    The lowest loss of a budget is bold. A rate at the edge of those that were tried has a star.
+    """
+    best: dict[tuple[int, int], dict[str, tuple[float, float]]] = {}
+    rates: dict[tuple[int, int], set[float]] = {}
+    for result in results:
+        if result["part"] == "frontier":
+            shape = result["shape"]["d_model"], result["shape"]["n_layers"]
+            budget = result["arm"].partition(", ")[2]
+            found = result["loss"], result["peak_lr"]
+            cells = best.setdefault(shape, {})
+            cells[budget] = min(cells.get(budget, found), found)
+            rates.setdefault(shape, set()).add(result["peak_lr"])
+    budgets = list(dict.fromkeys(budget for cells in best.values() for budget in cells))
+    if not budgets:
+        return
+    lowest = {
+        budget: min(cells[budget] for cells in best.values() if budget in cells)
+        for budget in budgets
+    }
+    print("\n| layers x width | without embedding | " + " | ".join(budgets) + " |")
+    print("|---|---|" + "---|" * len(budgets))
+    for (width, depth), cells in sorted(best.items()):
+        n_params = growth_runs.count_without_embedding(Shape(depth, width).make_spec())
+        texts = []
+        for budget in budgets:
+            text = ""
+            if budget in cells:
+                loss, rate = cells[budget]
+                tried = rates[width, depth]
+                star = "*" if rate in (min(tried), max(tried)) else ""
+                bold = "**" if cells[budget] == lowest[budget] else ""
+                text = f"{bold}{loss:.3f}{bold} ({rate:g}{star})"
+            texts.append(text)
+        print(f"| {depth} x {width} | {n_params / 1e3:,.0f} k | " + " | ".join(texts) + " |")
+
+
+def print_savings(results: Results, full: str) -> None:
+    """Print what the full size would have paid for each arm's loss, its base counted and free.
+
+    The price is read from the full size's own losses with parts of the budget, seed by seed, on
+    straight lines over the logarithm of the FLOPs; beyond them the last line goes on.
+    """
+    arms: dict[str, dict[int, dict[str, Any]]] = {}
+    laws: dict[int, list[tuple[float, float]]] = {}
+    for result in results:
+        if result["part"] == "arms":
+            arms.setdefault(result["arm"], {})[result["seed"]] = result
+            if result["arm"].startswith(full):
+                laws.setdefault(result["seed"], []).append((result["loss"], result["flops"]))
+    if not laws:
+        return
+    print(
+        "\n| arm | the full size pays, of the arm's FLOPs | saved, the base counted "
+        "| saved, the base free | seeds |\n|---|---|---|---|---|"
+    )
+    for arm, runs in arms.items():
+        if arm.startswith(full):
+            continue
+        prices, free = [], []
+        for seed, run in runs.items():
+            if len(laws.get(seed, ())) > 1:
+                price = find_price(laws[seed], run["loss"])
+                prices.append(price / run["flops"])
+                free.append(1 - (run["flops"] - count_base_flops(run)) / price)
+        counted = [1 - 1 / price for price in prices]
+        has_base = any(segment["operator"] for segment in next(iter(runs.values()))["segments"])
+        texts = [format_mean(prices), format_mean(counted), format_mean(free) if has_base else ""]
+        print(f"| {arm} | " + " | ".join(texts) + f" | {len(prices)} |")
+
+
+def find_price(law: list[tuple[float, float]], loss: float) -> float:
+    """Return the FLOPs at which a law of (loss, FLOPs) points has a loss."""
+    losses, flops = map(np.array, zip(*sorted(law), strict=True))  # the lowest loss first
+    logs = np.log(flops)
+    at = int(np.clip(np.searchsorted(losses, loss), 1, len(losses) - 1))
+    slope = (logs[at] - logs[at - 1]) / (losses[at] - losses[at - 1])
+    return float(np.exp(logs[at - 1] + slope * (loss - losses[at - 1])))
+
+
+def count_base_flops(run: dict[str, Any]) -> float:
+    """Return the FLOPs of a run before its first growth."""
+    spec = Shape(**run["shape"]).make_spec()
+    total = 0.0
+    for segment in run["segments"]:
+        if segment["operator"]:
+            break
+        total += segment["n_steps"] * growth_runs.flops_per_step(spec, run["batch_size"])
+    return total
+
+
+def format_mean(values: list[float]) -> str:
+    """Return the mean with its 95 % t interval, if there are several."""
+    if len(values) < 2:
+        return "".join(f"{value:+.0%}" for value in values)
+    mean, half, _ = growth_runs.paired_interval(values)
+    return f"{mean:+.0%} ± {half:.0%}"
+
+
+def print_operators(results: Results, operators: Iterable[str]) -> None:
+    """Print what each operator does to the loss at once, and after the same steps."""
+    found = [result for result in results if result["part"] == "operators"]
+    if not found:
+        return
+    print("\n| operator | layers | parameters | at once | after 200 steps |\n|---|---|---|---|---|")
+    for arm in (operator or "(the base, trained on)" for operator in operators):
+        for result in found:
+            if result["arm"] == arm:
+                (_, initial_loss), *_ = result["curve"]
+                print(
+                    f"| `{arm}` | {result['layers']} | {result['n_params'] / 1e3:,.0f} k "
+                    f"| {initial_loss:.3f} | {result['loss']:.3f} |"
+                )
+
+
+def mean_of(results: Iterable[dict[str, Any]], key: str) -> float:
+    return statistics.mean(result[key] for result in results)
+
+
+def adjust_by_holm(values: dict[str, float]) -> dict[str, float]:
+    """Return p values adjusted for as many tests (Holm 1979)."""
+    adjusted, highest = {}, 0.0
+    for rank, (name, p) in enumerate(sorted(values.items(), key=lambda item: item[1])):
+        highest = max(highest, min(1.0, (len(values) - rank) * p))
+        adjusted[name] = highest
+    return adjusted
