@@ -638,6 +638,26 @@ def test_new_parts_learn_as_in_a_fresh_run_and_old_ones_go_on(one):
     np.testing.assert_allclose(np.asarray(after.params["blocks"]["gate"]), expected, atol=2e-6)
 
 
+def test_a_base_trains_among_frozen_identity_layers_as_if_nothing_had_grown(one):
+    """The negative control of every comparison of grown models."""
+    settings = dataclasses.replace(SETTINGS, optim=dataclasses.replace(SETTINGS.optim, eps=1e-3))
+    optim = dataclasses.replace(settings.optim, lr_multipliers=(("new", 0.0),))
+    grew = plan_growth("insert_identity(every=1)", Parent(THREE))
+    params = randomised(THREE, one)
+    child = state.init_state(grow_params(grew, params, one), grew.child, optim, one)
+    base = state.init_state(params, THREE, settings.optim, one)
+    base, _ = trained(settings, THREE, one, 3, base)
+    frozen = dataclasses.replace(settings, optim=optim)
+    added = find_new_params(grew)
+    child, _ = trained(frozen, grew.child, one, 3, child, NewParams(added))
+    is_old = ~np.asarray(added["layers"])
+    assert is_old.tolist() == [True, False] * 3
+    for name, leaf in base.params["blocks"].items():
+        of_base = np.asarray(child.params["blocks"][name])[is_old]
+        np.testing.assert_allclose(of_base, np.asarray(leaf), atol=2e-5, err_msg=name)
+    np.testing.assert_allclose(child.params["embed"], base.params["embed"], atol=2e-5)
+
+
 def test_rates_by_age_name_and_layer_multiply_and_zero_freezes(one):
     settings = dataclasses.replace(
         SETTINGS,
