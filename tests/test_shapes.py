@@ -237,8 +237,8 @@ def test_a_parent_is_compared_at_the_length_at_which_it_was_measured(make_sessio
 
 
 def test_a_resumed_run_compiles_all_shapes_at_its_start(make_session, monkeypatch):
-    program = types.SimpleNamespace(lower=lambda *_: program, compile=lambda: None)
-    monkeypatch.setattr(step, "build_step", lambda *_: program)
+    built = types.SimpleNamespace(compile=lambda *_: None)
+    monkeypatch.setattr(step, "build_step", lambda *_: built)
     session = make_session(5)
     session.compile_steps()
     assert list(session.compiled) == [(8, 64), (32, 32)]
