@@ -12,7 +12,7 @@
             FLOPs with the base's included
 `transfer`  five rates at seven shapes, with and without model.base_shape
 `init`      five initializations at three sizes
-`tables`    what the results say, with 95 % intervals of paired differences
+`tables`    what the results say, with 95 % intervals of paired differences, and their plots
 
 Every arm has a decay of its own to 0 and is measured after it. FLOPs are of the active parameters
 and of attention, forward and backward. A seed is that of the initialization and of the data's
@@ -367,7 +367,9 @@ def main() -> None:
     for part in arguments.parts:
         found = growth_runs.read_results(results)
         if part == "tables":
-            growth_tables.print_tables(found, f"{FULL.n_layers} layers, ", OPERATORS)
+            full = f"{FULL.n_layers} layers, "
+            growth_tables.print_tables(found, full, OPERATORS)
+            growth_tables.plot_all(found, full, arguments.to)
         else:
             growth_runs.train_all(PARTS[part](found), text, results, arguments.processes)
 

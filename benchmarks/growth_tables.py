@@ -1,10 +1,12 @@
-"""What the growth experiment's results say, as tables in Markdown."""
+"""What the growth experiment's results say, as tables in Markdown and as plots."""
 
+import pathlib
 import statistics
 from collections.abc import Iterable
 from typing import Any
 
 import growth_runs
+import matplotlib.pyplot as plt
 import numpy as np
 from growth_runs import Shape
 
@@ -170,13 +172,12 @@ def find_price(law: list[tuple[float, float]], loss: float) -> float:
 
 def count_base_flops(run: dict[str, Any]) -> float:
     """Return the FLOPs of a run before its first growth."""
-    spec = Shape(**run["shape"]).make_spec()
-    total = 0.0
+    steps = 0
     for segment in run["segments"]:
         if segment["operator"]:
             break
-        total += segment["n_steps"] * growth_runs.flops_per_step(spec, run["batch_size"])
-    return total
+        steps += segment["n_steps"]
+    return count_flops_at(run, steps)
 
 
 def format_mean(values: list[float]) -> str:
@@ -214,3 +215,64 @@ def adjust_by_holm(values: dict[str, float]) -> dict[str, float]:
         highest = max(highest, min(1.0, (len(values) - rank) * p))
         adjusted[name] = highest
     return adjusted
+
+
+# ---- plots
+
+
+def plot_all(results: Results, full: str, to: pathlib.Path) -> None:
+    """Write growth_frontier.svg and growth_trajectory.svg, if their results are there."""
+    plt.rcParams.update({"svg.hashsalt": "jaxpt", "font.size": 9, "axes.grid": True})
+    to.mkdir(parents=True, exist_ok=True)
+    for name, plot in (("frontier", plot_frontier), ("trajectory", plot_trajectory)):
+        figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+        if plot(results, full, ax):
+            figure.savefig(to / f"growth_{name}.svg", metadata={"Date": None})
+        plt.close(figure)
+
+
+def plot_frontier(results: Results, full: str, ax: Any) -> bool:
+    """Draw the lowest loss of each shape over its FLOPs; return whether there is any."""
+    best: dict[tuple[int, int], dict[float, float]] = {}
+    for result in results:
+        if result["part"] == "frontier":
+            shape = result["shape"]["d_model"], result["shape"]["n_layers"]
+            budget = float(result["arm"].partition(", ")[2].split()[0])
+            cells = best.setdefault(shape, {})
+            cells[budget] = min(cells.get(budget, result["loss"]), result["loss"])
+    for (width, depth), cells in sorted(best.items()):
+        label = f"{depth} layer{'s' * (depth > 1)} x {width}"
+        ax.plot(*zip(*sorted(cells.items()), strict=True), "o-", label=label)
+    ax.set(xscale="log", xlabel="FLOPs of the run", ylabel="held-out loss, nats per token")
+    ax.legend()
+    return bool(best)
+
+
+def plot_trajectory(results: Results, full: str, ax: Any) -> bool:
+    """Draw the mean loss of grown arms and of the full size over FLOPs; return whether any."""
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        if result["part"] == "arms" and result["curve"]:
+            arms.setdefault(result["arm"], []).append(result)
+    for arm, runs in arms.items():
+        curves = [run["curve"] for run in runs]
+        steps = [step for step, _ in curves[0]]
+        losses = np.mean([[loss for _, loss in curve] for curve in curves], axis=0)
+        flops = [count_flops_at(runs[0], step) for step in steps]
+        ax.plot(flops, losses, "k-" if arm.startswith(full) else "-", label=arm, linewidth=1)
+    ax.set(xlabel="FLOPs, the base's included", ylabel="held-out loss, nats per token")
+    ax.legend(fontsize=6)
+    return bool(arms)
+
+
+def count_flops_at(run: dict[str, Any], step: int) -> float:
+    """Return the FLOPs of a run's first steps."""
+    spec = Shape(**run["shape"]).make_spec()
+    total, left = 0.0, step
+    for segment in run["segments"]:
+        if segment["operator"]:
+            spec = growth_runs.plan_growth(segment["operator"], growth_runs.Parent(spec)).child
+        n = min(segment["n_steps"], left)
+        total += n * growth_runs.flops_per_step(spec, run["batch_size"])
+        left -= n
+    return total
