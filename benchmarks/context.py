@@ -1,6 +1,6 @@
 """Extend the context of a trained model from 128 to 1,024 tokens, and measure by position.
 
-    python benchmarks/context.py --text 'gutenberg/*.txt' --to runs/context
+    python benchmarks/context.py --text gutenberg/*.txt --to runs/context
 
 For each seed a base learns from sequences of 128 tokens. Its context is extended by rope theta or
 by YaRN and measured as it is; then both train on, on sequences of 1,024 tokens, and beside them the
@@ -11,7 +11,6 @@ over.
 
 import argparse
 import concurrent.futures
-import glob
 import json
 import os
 import pathlib
@@ -66,12 +65,12 @@ def run(*arguments):
         raise SystemExit(f"{' '.join(command)}:\n{done.stderr[-2000:]}")
 
 
-def cut_books(pattern, to):
+def cut_books(books, to):
     """Write books as documents of some 9,000 characters, longer than the longest context."""
     path = to / "documents.jsonl"
     with open(path, "w", encoding="utf-8") as file:
-        for book in sorted(glob.glob(pattern)):
-            text = pathlib.Path(book).read_text(encoding="utf-8")
+        for book in sorted(books, key=lambda book: book.name):
+            text = book.read_text(encoding="utf-8")
             for start in range(0, len(text) - 9_000, 9_000):
                 file.write(json.dumps({"text": text[start : start + 9_000]}) + "\n")
     return path
@@ -133,7 +132,7 @@ def summarize(values):
 def main():
     """Print the table."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--text", required=True, help="files of text, as a glob")
+    parser.add_argument("--text", required=True, nargs="+", type=pathlib.Path, help="books")
     parser.add_argument("--to", type=pathlib.Path, required=True, metavar="DIR")
     parser.add_argument("--processes", type=int, default=1, help="seeds side by side")
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
 """Prune trained models, and recover them: from their parent, by cross-entropy, or fresh.
 
-    python benchmarks/prune.py third --text 'gutenberg/*.txt' --to runs/prune
+    python benchmarks/prune.py third --text gutenberg/*.txt --to runs/prune
     python benchmarks/prune.py lesson --to runs/prune_lesson
 
 `third`: a parent is trained to the end of its schedule and loses a third of its parameters. For
@@ -263,7 +263,7 @@ def print_table(experiment):
 def main():
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("part", choices=("third", "lesson"))
-    parser.add_argument("--text", help="files of text, as a glob (third)")
+    parser.add_argument("--text", nargs="+", type=pathlib.Path, help="books (third)")
     parser.add_argument("--to", type=pathlib.Path, required=True, metavar="DIR")
     parser.add_argument("--seed", type=int, help="make the runs of this seed (all)")
     arguments = parser.parse_args()
@@ -274,7 +274,8 @@ def main():
     if arguments.part == "third":
         if not arguments.text:
             parser.error("third needs --text")
-        documents = cut_into_documents(arguments.text, to)
+        documents = to / "documents.jsonl"
+        cut_into_documents(arguments.text, documents)
         setting = make_third()
         text = growth_runs.Text((f"books=jsonl:{documents}#text",), str(to / "text"))
     else:
