@@ -21,6 +21,7 @@ command to go on after a kill.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -173,6 +174,7 @@ GROWN = {
 }
 CURVE_STEPS = 250
 ALSO_FRESH = ("1 layer, jump at 70 %", "2 layers, stack at 50 %")
+ALSO_SHUFFLED = ("2 layers, stack at 50 %",)  # a base that learns nothing of order: no gain
 
 
 def plan_arms(results: list[dict[str, Any]]) -> list[Run]:
@@ -196,11 +198,15 @@ def plan_arms(results: list[dict[str, Any]]) -> list[Run]:
             runs.append(make_plain("arms", arm, small, BUDGET, ARM_RATE, seed, BATCH))
         for arm, (small, operator, share) in GROWN.items():
             segments = make_grown_segments(small, operator, share, "reset_new")
-            runs.append(Run("arms", arm, small, segments, ARM_RATE, seed, BATCH, CURVE_STEPS))
+            ways = {arm: segments}
             if arm in ALSO_FRESH:
-                segments = make_grown_segments(small, operator, share, "fresh")
-                name = f"{arm}, fresh moments"
-                runs.append(Run("arms", name, small, segments, ARM_RATE, seed, BATCH, CURVE_STEPS))
+                fresh = make_grown_segments(small, operator, share, "fresh")
+                ways[f"{arm}, fresh moments"] = fresh
+            if arm in ALSO_SHUFFLED:
+                base = dataclasses.replace(segments[0], shuffled=True)
+                ways[f"{arm}, its base on shuffled tokens"] = (base, *segments[1:])
+            for name, way in ways.items():
+                runs.append(Run("arms", name, small, way, ARM_RATE, seed, BATCH, CURVE_STEPS))
     return runs
 
 

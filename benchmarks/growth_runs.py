@@ -29,6 +29,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import jax
+import numpy as np
 import scipy.stats
 
 from jaxpt import config, flops, initialize, sharding, stage
@@ -41,7 +42,7 @@ from jaxpt.growth.new_params import NewParams
 from jaxpt.growth.parse import plan_growth
 from jaxpt.model import transformer
 from jaxpt.model.param import ParamSpec, map_param_specs
-from jaxpt.spec import ModelSpec
+from jaxpt.spec import Batch, ModelSpec
 from jaxpt.train import gate, state, step
 from jaxpt.train.schedule import make_schedule
 from jaxpt.train.state import TrainState
@@ -165,6 +166,7 @@ class Segment:
         decay: the learning rate falls to 0 over it, linearly.
         restart: fresh optimizer and schedule, with a warm-up: a finished model is trained again.
         moments: of the growth.
+        shuffled: the tokens of each batch are in another order, the same for all of its sequences.
     """
 
     n_steps: int
@@ -172,6 +174,7 @@ class Segment:
     decay: bool = False
     restart: bool = False
     moments: str = "reset_new"
+    shuffled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +197,9 @@ class Run:
         for name in ("base", "init"):  # which the earliest results lack
             if not fields["shape"][name]:
                 del fields["shape"][name]
+        for segment in fields["segments"]:
+            if not segment["shuffled"]:
+                del segment["shuffled"]
         content = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -297,7 +303,10 @@ class Trainer:
         make_step = self.build_step(spec, run.batch_size, optim, steps, new_params)
         batches = self.batches(run, before.n_steps)
         for done in range(1, segment.n_steps + 1):
-            now, _ = make_step(now, next(batches))
+            batch = next(batches)
+            if segment.shuffled:
+                batch = shuffle_tokens(batch, before.n_steps + done)
+            now, _ = make_step(now, batch)
             if n_curve and done % n_curve == 0:
                 losses = self.measure_loss(spec, now.params, CURVE_SEQUENCES)
                 curve.append((before.n_steps + done, statistics.mean(losses.values())))
@@ -355,6 +364,16 @@ class Trainer:
         train = config.TrainConfig(eval_sequences=n_sequences)
         data = gate.HeldoutData(self.packed, train, True, self.mesh)
         return data.measure_losses(spec, params)
+
+
+def shuffle_tokens(batch: Batch, seed: int) -> Batch:
+    """Return a batch in another order of tokens, each of which predicts the one that follows it."""
+    order = np.random.default_rng(seed).permutation(SEQ_LEN)
+    tokens = np.asarray(batch.tokens)[:, order]
+    mask = np.asarray(batch.loss_mask).copy()
+    mask[:, -1] = 0
+    shuffled = batch._replace(tokens=tokens, targets=np.roll(tokens, -1, 1), loss_mask=mask)
+    return jax.device_put(shuffled, jax.tree.map(lambda leaf: leaf.sharding, batch))
 
 
 def fork_key(run: Run, n_segments: int) -> Any:
