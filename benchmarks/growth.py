@@ -282,7 +282,7 @@ def plan_operators(results: list[dict[str, Any]]) -> list[Run]:
 TRANSFER_BASE = (4, 64)  # layers, width
 TRANSFER_SHAPES = ((2, 64), (8, 64), (16, 64), (4, 32), (4, 128), (4, 256))
 TRANSFER_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-TRANSFER_STEPS = 500
+TRANSFER_STEPS = 300
 
 
 def plan_transfer(results: list[dict[str, Any]]) -> list[Run]:
@@ -308,7 +308,7 @@ def make_rate_runs(
     return [Run(part, arm, shape, segments, rate, seed, BATCH) for rate in rates]
 
 
-INIT_SHAPES = ((4, 64), (8, 96), (8, 192))  # 0.2M, 0.8M and 3.2M parameters without embedding
+INIT_SHAPES = ((4, 64), (8, 96), (8, 128))  # 0.2M, 0.8M and 1.5M parameters without embedding
 
 
 def plan_init(results: list[dict[str, Any]]) -> list[Run]:

@@ -112,7 +112,7 @@ def test_out_of_memory_comes_before_any_data_is_read_with_what_would_help(home):
 
 
 @pytest.mark.slow
-def test_a_second_start_finds_its_programs_compiled(home, monkeypatch):
+def test_a_second_start_finds_its_programs_compiled_and_so_does_another_rate(home, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "compiled"))
     output = []
     for run in ("cold", "warm"):
@@ -122,6 +122,11 @@ def test_a_second_start_finds_its_programs_compiled(home, monkeypatch):
     assert "from the compile cache" not in output[0] and "s, compiled in" in output[0]
     assert "from the compile cache" in output[1] and "s saved)" in output[1]
     equal(home, "warm", "cold", 12)
+    job = faults.Job(
+        home, "rate", 11, "--config.optim.peak_lr=2e-3", "--config.optim.warmup_frac=0"
+    )
+    job.ends()
+    assert "from the compile cache" in job.log.read_text()
 
 
 def test_the_first_line_after_a_resume_has_the_time_of_its_step(home):
