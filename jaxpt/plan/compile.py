@@ -510,7 +510,8 @@ def count_collectives(
         if kind in COLLECTIVES:
             n_bytes = count_collective_bytes(line, operation)
             group = list_group(line)
-            add(kind, 1, n_bytes, n_bytes if max(group) - min(group) < n_near else 0)
+            is_near = len(group) > 1 and max(group) - min(group) < n_near
+            add(kind, 1, n_bytes, n_bytes if is_near else 0)
             continue
         trip_count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
         n_turns = int(trip_count[1]) if trip_count and kind == "while" else 1
@@ -546,7 +547,7 @@ def count_collective_bytes(line: str, operation: str) -> float:
 
 
 def list_group(line: str) -> list[int]:
-    """Return the devices of a collective's first group, such as {0,8}; one alone if it has none."""
+    """Return the devices of a collective's first group, such as {0,8}; one if none is listed."""
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line)
     if listed:
         return list(map(int, listed[1].split(",")))
@@ -554,12 +555,10 @@ def list_group(line: str) -> list[int]:
     if named:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         taken = re.findall(r"'(\w+)'", named[2])
-        devices = np.arange(math.prod(map(int, sizes.values()))).reshape(
-            [*map(int, sizes.values())]
-        )
-        return (
-            devices[tuple(slice(None) if axis in taken else 0 for axis in sizes)].ravel().tolist()
-        )
+        dims = list(map(int, sizes.values()))
+        devices = np.arange(math.prod(dims)).reshape(dims)
+        group = devices[tuple(slice(None) if axis in taken else 0 for axis in sizes)]
+        return group.ravel().tolist()
     # [4,2]<=[2,4]T(1,0): 4 groups of 2, of the devices counted along 2 x 4 and transposed
     counted = re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
     if not counted:
