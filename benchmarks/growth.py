@@ -129,20 +129,51 @@ BATCH = 16
 def plan_frontier(results: list[dict[str, Any]]) -> list[Run]:
     """Return a run for each shape, budget and rate; the middle rate first, within a width.
 
-    The budgets of a shape and rate share their trunk.
+    The budgets of a shape and rate share their trunk. Once all are there, a shape whose best rate
+    is the highest or the lowest of a budget gets one beyond it.
     """
     runs = []
     for width in WIDTHS:
         for rate in RATES:
             for depth in DEPTHS:
-                shape = Shape(depth, width)
-                for budget in BUDGETS:
-                    arm = f"{depth} x {width}, {budget:g} FLOPs"
-                    n_steps = count_steps(shape, "", budget, BATCH)
-                    segments = make_plain_segments(n_steps, stops_at(shape, budget))
-                    run = Run("frontier", arm, shape, segments, rate, TUNING_SEED, BATCH)
-                    runs.append(run)
+                runs += make_frontier_runs(Shape(depth, width), rate)
+    done = {result["key"]: result["loss"] for result in results}
+    for width in WIDTHS:
+        for depth in DEPTHS:
+            runs += extend_rates(Shape(depth, width), done)
     return runs
+
+
+def make_frontier_runs(shape: Shape, rate: float) -> list[Run]:
+    """Return a shape's runs at one rate, one for each budget."""
+    runs = []
+    for budget in BUDGETS:
+        arm = f"{shape.n_layers} x {shape.d_model}, {budget:g} FLOPs"
+        segments = make_plain_segments(
+            count_steps(shape, "", budget, BATCH), stops_at(shape, budget)
+        )
+        runs.append(Run("frontier", arm, shape, segments, rate, TUNING_SEED, BATCH))
+    return runs
+
+
+def extend_rates(shape: Shape, done: dict[str, float]) -> list[Run]:
+    """Return the runs beyond RATES that a shape needs, given the losses of finished runs by key."""
+    rates = sorted(RATES)
+    runs: list[Run] = []
+    while True:
+        tried = {rate: make_frontier_runs(shape, rate) for rate in rates}
+        if any(run.key not in done for group in tried.values() for run in group):
+            return runs
+        best = set()
+        for i in range(len(BUDGETS)):
+            best.add(min(rates, key=lambda rate: done[tried[rate][i].key]))
+        beyond = [2 * rates[-1]] if rates[-1] in best else []
+        beyond += [rates[0] / 2] if rates[0] in best else []
+        if not beyond:
+            return runs
+        for rate in beyond:
+            runs += make_frontier_runs(shape, rate)
+        rates = sorted([*rates, *beyond])
 
 
 def stops_at(shape: Shape, budget: float) -> list[int]:

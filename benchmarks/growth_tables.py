@@ -254,6 +254,8 @@ def plot_trajectory(results: Results, full: str, ax: Any) -> bool:
     for result in results:
         if result["part"] == "arms" and result["curve"]:
             arms.setdefault(result["arm"], []).append(result)
+    if not arms:
+        return False
     for arm, runs in arms.items():
         curves = [run["curve"] for run in runs]
         steps = [step for step, _ in curves[0]]
@@ -262,7 +264,7 @@ def plot_trajectory(results: Results, full: str, ax: Any) -> bool:
         ax.plot(flops, losses, "k-" if arm.startswith(full) else "-", label=arm, linewidth=1)
     ax.set(xlabel="FLOPs, the base's included", ylabel="held-out loss, nats per token")
     ax.legend(fontsize=6)
-    return bool(arms)
+    return True
 
 
 def count_flops_at(run: dict[str, Any], step: int) -> float:
