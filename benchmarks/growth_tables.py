@@ -244,6 +244,9 @@ def plot_frontier(results: Results, full: str, ax: Any) -> bool:
         label = f"{depth} layer{'s' * (depth > 1)} x {width}"
         ax.plot(*zip(*sorted(cells.items()), strict=True), "o-", label=label)
     ax.set(xscale="log", xlabel="FLOPs of the run", ylabel="held-out loss, nats per token")
+    budgets = sorted({budget for cells in best.values() for budget in cells})
+    ax.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
+    ax.set_xticks([], minor=True)
     ax.legend()
     return bool(best)
 
