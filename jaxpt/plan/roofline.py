@@ -59,7 +59,7 @@ class StepAnalysis(Record):
     export_bytes: int  # while weights are gathered for export
     peak_bytes: int  # a lower bound where exceeds_memory
     exceeds_memory: bool  # the compiler gave up
-    comm_bytes: dict[str, float]  # axis of the mesh -> received over it per device per step
+    comm_bytes: dict[str, float]  # logical axis -> received over its mesh axes, per device and step
     memory_traffic_bytes: float  # read and written per device per step
     executed_flops: float  # per step over all devices, recomputation included
     loop_body_flops: float | None  # per device, each loop body counted once, as compilers count
@@ -125,9 +125,12 @@ def compute_roofline(analysis: StepAnalysis, target: Target, train: TrainConfig)
 
 
 def count_span(mesh: dict[str, int], axis: str) -> int:
-    """Return among how many consecutive devices an axis lies: later axes have closer neighbours."""
-    later = sharding.MESH_AXES[sharding.MESH_AXES.index(axis) :]
-    return math.prod(mesh[name] for name in later)
+    """Return among how many consecutive devices a logical axis is sharded.
+
+    Later axes of the mesh have closer neighbours.
+    """
+    first = min(map(sharding.MESH_AXES.index, sharding.find_mesh_axes(axis)))
+    return math.prod(mesh[name] for name in sharding.MESH_AXES[first:])
 
 
 def count_received_bytes(collectives: LayerCollectives) -> tuple[float, float]:
@@ -291,7 +294,7 @@ def count_expert_rows(spec: ModelSpec, share: DeviceShare) -> int:
 
 
 def estimate_comm_bytes(spec: ModelSpec, share: DeviceShare) -> dict[str, float]:
-    """Return axis of the mesh -> the least bytes that a device receives over it per step.
+    """Return logical axis -> the least bytes that a device receives per step as it is sharded.
 
     fsdp: weights are gathered per micro-batch for forward and backward, and float32 gradients are
     summed on the way back. tensor: each layer's two results are summed in forward, backward and
@@ -309,8 +312,8 @@ def estimate_comm_bytes(spec: ModelSpec, share: DeviceShare) -> dict[str, float]
     n_received = 3 * tokens * (share.n_context - 1)
     context = n_received * kv_width * n_bytes
     expert = 6 * tokens * (share.n_expert - 1) * spec.d_model * n_bytes
-    of_layer = {"expert": expert, "tensor": tensor, "context": context}
-    micro_batch = {"fsdp": fsdp} | {axis: spec.n_layers * n for axis, n in of_layer.items()}
+    of_layer = {"experts": expert, "mlp": tensor, "position": context}
+    micro_batch = {"embed": fsdp} | {axis: spec.n_layers * n for axis, n in of_layer.items()}
     return {axis: share.grad_accum_steps * n for axis, n in micro_batch.items()}
 
 
@@ -457,7 +460,7 @@ def add_frozen(
         frozen_flops_per_token=flops,
         restore_bytes=analysis.restore_bytes + own_bytes,
         peak_bytes=analysis.peak_bytes + own_bytes + temporary,
-        comm_bytes=comm_bytes | {"fsdp": comm_bytes["fsdp"] + share.grad_accum_steps * received},
+        comm_bytes=comm_bytes | {"embed": comm_bytes["embed"] + share.grad_accum_steps * received},
         memory_traffic_bytes=analysis.memory_traffic_bytes
         + round(share.grad_accum_steps * traffic),
         executed_flops=analysis.executed_flops + train.batch_size * seq_len * flops,
