@@ -12,7 +12,7 @@
             FLOPs with the base's included
 `transfer`  five rates at seven shapes, with and without model.base_shape
 `init`      five initializations at three sizes
-`tables`    what the results say, with 95 % intervals of paired differences, and their plots
+`tables`    tables of all results, with 95 % intervals of paired differences, and plots
 
 Every arm has a decay of its own to 0 and is measured after it. FLOPs are of the active parameters
 and of attention, forward and backward. A seed is that of the initialization and of the data's
@@ -229,15 +229,15 @@ def plan_arms(results: list[dict[str, Any]]) -> list[Run]:
             runs.append(make_plain("arms", arm, small, BUDGET, ARM_RATE, seed, BATCH))
         for arm, (small, operator, share) in GROWN.items():
             segments = make_grown_segments(small, operator, share, "reset_new")
-            ways = {arm: segments}
+            segments_of = {arm: segments}
             if arm in ALSO_FRESH:
                 fresh = make_grown_segments(small, operator, share, "fresh")
-                ways[f"{arm}, fresh moments"] = fresh
+                segments_of[f"{arm}, fresh moments"] = fresh
             if arm in ALSO_SHUFFLED:
                 base = dataclasses.replace(segments[0], shuffled=True)
-                ways[f"{arm}, its base on shuffled tokens"] = (base, *segments[1:])
-            for name, way in ways.items():
-                runs.append(Run("arms", name, small, way, ARM_RATE, seed, BATCH, CURVE_STEPS))
+                segments_of[f"{arm}, its base on shuffled tokens"] = (base, *segments[1:])
+            for name, each in segments_of.items():
+                runs.append(Run("arms", name, small, each, ARM_RATE, seed, BATCH, CURVE_STEPS))
     return runs
 
 

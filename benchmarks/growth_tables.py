@@ -1,4 +1,4 @@
-"""What the growth experiment's results say, as tables in Markdown and as plots."""
+"""Tables (Markdown) and plots of the growth experiment's results."""
 
 import pathlib
 import statistics

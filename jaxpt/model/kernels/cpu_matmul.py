@@ -86,13 +86,13 @@ def matmul_bwd(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array
 matmul.defvjp(matmul_fwd, matmul_bwd)
 
 
-def keep_form(product: Array) -> Array:
-    """Return a matmul's result such that XLA on a CPU does not swap the matmul's sides.
+def keep_form(d_weight: Array) -> Array:
+    """Return a weight's gradient such that XLA on a CPU does not swap its matmul's sides.
 
-    It would, to save a transposition of the result, a few hundred times smaller than the work; its
-    left side then has tokens first, and it runs at half the speed.
+    It would, to save a transposition of this small result; the left side then has tokens first, and
+    the matmul runs at half the speed.
     """
-    return jax.lax.optimization_barrier(product) if is_on_cpu() else product
+    return jax.lax.optimization_barrier(d_weight) if is_on_cpu() else d_weight
 
 
 def flatten_features(x: Array) -> Array:
