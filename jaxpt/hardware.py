@@ -377,15 +377,15 @@ class Target:
         return math.prod(self.topology) * self.chip.devices_per_chip
 
     @property
-    def n_near(self) -> int:
-        """Consecutive devices that the chip's own links join: a host's GPUs, or all."""
+    def domain_size(self) -> int:
+        """Consecutive devices joined by NVLink or ICI: a host's GPUs, or all."""
         return GPUS_PER_HOST if self.chip.platform == "cuda" else self.n_devices
 
-    def count_receive_seconds(self, n_bytes: float, near_bytes: float) -> float:
-        """Return the seconds in which a device receives so many bytes, some from near devices."""
-        near = self.chip.link_bandwidth / 2
-        far = near if self.n_devices <= self.n_near else INTER_HOST_BANDWIDTH / 2
-        return near_bytes / near + (n_bytes - near_bytes) / far
+    def count_receive_seconds(self, n_bytes: float, domain_bytes: float) -> float:
+        """Return the seconds in which a device receives so many bytes, some within its domain."""
+        within = self.chip.link_bandwidth / 2
+        between = within if self.n_devices <= self.domain_size else INTER_HOST_BANDWIDTH / 2
+        return domain_bytes / within + (n_bytes - domain_bytes) / between
 
     @property
     def devices_per_host(self) -> int:

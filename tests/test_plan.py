@@ -543,9 +543,9 @@ def test_two_layers_in_a_turn_are_counted_as_two_and_a_first_micro_batch_not_aga
     text = ""
     for name, lines in computations.items():
         text += "\n".join([f"{name} (p: f32[]) -> f32[] {{", *lines, "}\n"])
-    for n_near, near_bytes in ((4, 24 * 40 * 4), (3, 0)):
-        (found,) = compile.count_layer_collectives(text, 9, n_near)
-        assert found == {"all-gather": compile.CollectiveCount(1, 24 * 40 * 4, near_bytes)}
+    for domain_size, domain_bytes in ((4, 24 * 40 * 4), (3, 0)):
+        (found,) = compile.count_layer_collectives(text, 9, domain_size)
+        assert found == {"all-gather": compile.CollectiveCount(1, 24 * 40 * 4, domain_bytes)}
 
 
 def test_a_started_collective_and_a_scattered_one_count_their_whole_arrays():

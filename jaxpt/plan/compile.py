@@ -322,7 +322,7 @@ def analyze_compiled_step(analysis: StepAnalysis, lowered: Any, target: Target) 
     layer_collectives = ()
     if platform != "cpu":  # a CPU may have several layers in a turn
         text = compiled.as_text()
-        layer_collectives = count_layer_collectives(text, analysis.n_layers, target.n_near)
+        layer_collectives = count_layer_collectives(text, analysis.n_layers, target.domain_size)
     costs = compiled.cost_analysis() or {}
     return dataclasses.replace(
         analysis,
@@ -433,11 +433,13 @@ ARRAY = re.compile(rf"\b({'|'.join(DTYPE_BYTES)})\[([\d,]+)\]")
 MIN_STACKED_ARRAYS = 8  # a loop over layers carries the stacked weights: a dozen arrays
 
 
-def count_layer_collectives(text: str, n_layers: int, n_near: int) -> tuple[LayerCollectives, ...]:
+def count_layer_collectives(
+    text: str, n_layers: int, domain_size: int
+) -> tuple[LayerCollectives, ...]:
     """Return what a layer runs in each loop over layers, forward first.
 
-    Bytes are near in groups within so many consecutive devices. It is empty if the program has no
-    such loop, as where all layers are unrolled.
+    Groups within domain_size consecutive devices are counted apart. It is empty if the program has
+    no such loop, as where all layers are unrolled.
     """
     computations = split_computations(text)
     counts = []
@@ -452,7 +454,7 @@ def count_layer_collectives(text: str, n_layers: int, n_near: int) -> tuple[Laye
         if any(loops_over_layers(line, n_layers) for line in inner):
             continue
         for body, n_layers_per_turn in bodies.items():
-            found = count_collectives(computations, body, n_near)
+            found = count_collectives(computations, body, domain_size)
             counts.append(divide_counts(found, n_layers_per_turn))
     return tuple(counts)
 
@@ -466,7 +468,7 @@ def read_loop_step(line: str) -> int:
 def divide_counts(found: LayerCollectives, n: int) -> LayerCollectives:
     """Return the collectives of one of n layers."""
     return {
-        kind: CollectiveCount(math.ceil(each.n_ops / n), each.n_bytes / n, each.near_bytes / n)
+        kind: CollectiveCount(math.ceil(each.n_ops / n), each.n_bytes / n, each.domain_bytes / n)
         for kind, each in found.items()
     }
 
@@ -492,15 +494,15 @@ def loops_over_layers(line: str, n_layers: int) -> bool:
 
 
 def count_collectives(
-    computations: dict[str, list[str]], name: str, n_near: int
+    computations: dict[str, list[str]], name: str, domain_size: int
 ) -> LayerCollectives:
     """Return the collectives of a computation and of all that it calls, inner loops multiplied."""
     total: LayerCollectives = {}
 
-    def add(kind: str, n_ops: int, n_bytes: float, near_bytes: float) -> None:
+    def add(kind: str, n_ops: int, n_bytes: float, domain_bytes: float) -> None:
         before = total.get(kind, CollectiveCount(0, 0))
         total[kind] = CollectiveCount(
-            before.n_ops + n_ops, before.n_bytes + n_bytes, before.near_bytes + near_bytes
+            before.n_ops + n_ops, before.n_bytes + n_bytes, before.domain_bytes + domain_bytes
         )
 
     for line in computations.get(name, []):
@@ -510,16 +512,16 @@ def count_collectives(
         if kind in COLLECTIVES:
             n_bytes = count_collective_bytes(line, operation)
             group = list_group(line)
-            is_near = len(group) > 1 and max(group) - min(group) < n_near
-            add(kind, 1, n_bytes, n_bytes if is_near else 0)
+            is_within = len(group) > 1 and max(group) - min(group) < domain_size
+            add(kind, 1, n_bytes, n_bytes if is_within else 0)
             continue
         trip_count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
         n_turns = int(trip_count[1]) if trip_count and kind == "while" else 1
         for called in re.findall(r"(?:calls|to_apply|body)=%?([\w.\-]+)", line):
-            inner = count_collectives(computations, called, n_near)
+            inner = count_collectives(computations, called, domain_size)
             for inner_kind, count in inner.items():
-                n_bytes, near_bytes = n_turns * count.n_bytes, n_turns * count.near_bytes
-                add(inner_kind, n_turns * count.n_ops, n_bytes, near_bytes)
+                n_bytes, domain_bytes = n_turns * count.n_bytes, n_turns * count.domain_bytes
+                add(inner_kind, n_turns * count.n_ops, n_bytes, domain_bytes)
     return total
 
 

@@ -36,7 +36,7 @@ class CollectiveCount(Record):
 
     n_ops: int
     n_bytes: float  # of the whole arrays, summed over the operations
-    near_bytes: float = 0  # of them, those among devices that the chip's own links join
+    domain_bytes: float = 0  # of them, within a domain: devices joined by NVLink or ICI
 
 
 LayerCollectives = dict[str, CollectiveCount]  # collective, such as "all-gather" -> count
@@ -102,11 +102,11 @@ def compute_roofline(analysis: StepAnalysis, target: Target, train: TrainConfig)
         compute += analysis.low_flops / chip.peak_flops(dtype)
     compute /= target.n_devices
     memory = analysis.memory_traffic_bytes / chip.memory_bandwidth
-    near = [
-        axis for axis in analysis.comm_bytes if count_span(analysis.mesh, axis) <= target.n_near
-    ]
-    near_bytes = sum(analysis.comm_bytes[axis] for axis in near)
-    network = target.count_receive_seconds(sum(analysis.comm_bytes.values()), near_bytes)
+    domain_bytes = 0.0
+    for axis, n_bytes in analysis.comm_bytes.items():
+        if count_span(analysis.mesh, axis) <= target.domain_size:
+            domain_bytes += n_bytes
+    network = target.count_receive_seconds(sum(analysis.comm_bytes.values()), domain_bytes)
 
     received = [count_received_bytes(found) for found in analysis.layer_collectives]
     n_turns = analysis.n_layers * train.grad_accum_steps
@@ -134,16 +134,16 @@ def count_span(mesh: dict[str, int], axis: str) -> int:
 
 
 def count_received_bytes(collectives: LayerCollectives) -> tuple[float, float]:
-    """Return the least bytes that a device receives for them, and how many from near devices.
+    """Return the least bytes that a device receives for them, and how many within a domain.
 
     An all-reduce brings each number twice: once to be added and once as the sum.
     """
-    total = near = 0.0
+    total = within = 0.0
     for kind, count in collectives.items():
         n_times = 2 if kind == "all-reduce" else 1
         total += n_times * count.n_bytes
-        near += n_times * count.near_bytes
-    return total, near
+        within += n_times * count.domain_bytes
+    return total, within
 
 
 # ---- one device, by rule of thumb
