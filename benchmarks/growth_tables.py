@@ -88,13 +88,9 @@ def print_paired(results: Results, part: str, control: str) -> None:
         )
 
 
-def print_frontier(results: Results) -> None:
-    """Print each shape's lowest loss at each budget, at the best of its rates.
-
-    The lowest loss of a budget is bold. A rate at the edge of those that were tried has a star.
-    """
+def find_frontier(results: Results) -> dict[tuple[int, int], dict[str, tuple[float, float]]]:
+    """Return (width, layers) -> budget -> the lowest loss and its rate."""
     best: dict[tuple[int, int], dict[str, tuple[float, float]]] = {}
-    rates: dict[tuple[int, int], set[float]] = {}
     for result in results:
         if result["part"] == "frontier":
             shape = result["shape"]["d_model"], result["shape"]["n_layers"]
@@ -102,6 +98,19 @@ def print_frontier(results: Results) -> None:
             found = result["loss"], result["peak_lr"]
             cells = best.setdefault(shape, {})
             cells[budget] = min(cells.get(budget, found), found)
+    return best
+
+
+def print_frontier(results: Results) -> None:
+    """Print each shape's lowest loss at each budget, at the best of its rates.
+
+    The lowest loss of a budget is bold. A rate at the edge of those that were tried has a star.
+    """
+    best = find_frontier(results)
+    rates: dict[tuple[int, int], set[float]] = {}
+    for result in results:
+        if result["part"] == "frontier":
+            shape = result["shape"]["d_model"], result["shape"]["n_layers"]
             rates.setdefault(shape, set()).add(result["peak_lr"])
     budgets = list(dict.fromkeys(budget for cells in best.values() for budget in cells))
     if not budgets:
@@ -233,19 +242,15 @@ def plot_all(results: Results, full: str, to: pathlib.Path) -> None:
 
 def plot_frontier(results: Results, full: str, ax: Any) -> bool:
     """Draw the lowest loss of each shape over its FLOPs; return whether there is any."""
-    best: dict[tuple[int, int], dict[float, float]] = {}
-    for result in results:
-        if result["part"] == "frontier":
-            shape = result["shape"]["d_model"], result["shape"]["n_layers"]
-            budget = float(result["arm"].partition(", ")[2].split()[0])
-            cells = best.setdefault(shape, {})
-            cells[budget] = min(cells.get(budget, result["loss"]), result["loss"])
+    best = find_frontier(results)
+    budgets = set()
     for (width, depth), cells in sorted(best.items()):
+        points = {float(budget.split()[0]): loss for budget, (loss, _) in cells.items()}
         label = f"{depth} layer{'s' * (depth > 1)} x {width}"
-        ax.plot(*zip(*sorted(cells.items()), strict=True), "o-", label=label)
+        ax.plot(*zip(*sorted(points.items()), strict=True), "o-", label=label)
+        budgets |= points.keys()
     ax.set(xscale="log", xlabel="FLOPs of the run", ylabel="held-out loss, nats per token")
-    budgets = sorted({budget for cells in best.values() for budget in cells})
-    ax.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
+    ax.set_xticks(sorted(budgets), [f"{budget:g}" for budget in sorted(budgets)])
     ax.set_xticks([], minor=True)
     ax.legend()
     return bool(best)
