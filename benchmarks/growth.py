@@ -374,17 +374,15 @@ def cut_into_documents(books: list[pathlib.Path], to: pathlib.Path) -> None:
     A few books leave none to hold out. The text is that of the books alone: what is installed
     differs from machine to machine, and results of two texts cannot be compared.
     """
-    if to.exists():
-        return
     to.parent.mkdir(parents=True, exist_ok=True)
     with open(to, "w", encoding="utf-8") as file:
         for book in sorted(books, key=lambda book: book.name):
-            piece: list[str] = []
+            paragraphs: list[str] = []
             for paragraph in book.read_text(encoding="utf-8").split("\n\n"):
-                piece.append(paragraph)
-                if sum(map(len, piece)) > 4000:
-                    file.write(json.dumps({"text": "\n\n".join(piece)}) + "\n")
-                    piece = []
+                paragraphs.append(paragraph)
+                if sum(map(len, paragraphs)) > 4000:
+                    file.write(json.dumps({"text": "\n\n".join(paragraphs)}) + "\n")
+                    paragraphs = []
 
 
 def main() -> None:
@@ -392,14 +390,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="+", choices=[*PARTS, "tables"])
-    parser.add_argument("--text", nargs="+", type=pathlib.Path, default=[], help="books")
+    parser.add_argument("--text", nargs="+", type=pathlib.Path, help="books to train on")
     parser.add_argument("--to", type=pathlib.Path, required=True)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     results = arguments.to / "results.jsonl"
-    text = Text((f"books=jsonl:{arguments.to / 'documents.jsonl'}#text",), str(arguments.to))
+    documents = arguments.to / "documents.jsonl"
+    text = Text((f"books=jsonl:{documents}#text",), str(arguments.to))
     if arguments.parts != ["tables"]:
-        cut_into_documents(arguments.text, pathlib.Path(text.directory) / "documents.jsonl")
+        if not arguments.text:
+            parser.error(f"{' '.join(arguments.parts)}: expected --text with books to train on")
+        cut_into_documents(arguments.text, documents)
         text.make()
     for part in arguments.parts:
         found = growth_runs.read_results(results)
