@@ -381,9 +381,35 @@ class Target:
         """Consecutive devices joined by NVLink or ICI: a host's GPUs, or all."""
         return GPUS_PER_HOST if self.chip.platform == "cuda" else self.n_devices
 
+    @property
+    def wraps(self) -> tuple[bool, ...]:
+        """Whether the links of a TPU slice close a ring, by axis.
+
+        They do in slices of whole 4x4x4 cubes, and along the 16 chips of a two-dimensional pod.
+        Source: MaxText, accelerator_to_spec_map.py.
+        """
+        if len(self.topology) == 3:
+            return (all(n % 4 == 0 for n in self.topology),) * 3
+        return tuple(n == 16 for n in self.topology)
+
+    @property
+    def used_links(self) -> float:
+        """Share of a chip's links that bring it what a slice's other chips send.
+
+        An axis has two in a ring. A line of chips brings its ends everything by one.
+        """
+        if self.chip.platform != "tpu":
+            return 1.0
+        n_links = 0
+        for n_chips, is_ring in zip(self.topology, self.wraps, strict=True):
+            n_links += 2 if is_ring else min(n_chips - 1, 1)
+        return n_links / (2 * len(self.topology))
+
     def count_receive_seconds(self, n_bytes: float, domain_bytes: float) -> float:
         """Return the seconds in which a device receives so many bytes, some within its domain."""
-        within = self.chip.link_bandwidth / 2
+        if not n_bytes:
+            return 0.0
+        within = self.chip.link_bandwidth / 2 * self.used_links
         between = within if self.n_devices <= self.domain_size else INTER_HOST_BANDWIDTH / 2
         return domain_bytes / within + (n_bytes - domain_bytes) / between
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -607,6 +608,58 @@ def test_what_moves_within_a_gpu_host_moves_at_the_speed_of_its_links():
     assert found == pytest.approx(fsdp / between + tensor / within)
     found, fsdp, tensor = seconds("h100:16", fsdp=2, tensor=8)
     assert found == pytest.approx(fsdp / between + tensor / within)
+
+
+RINGS = {  # target: the axes whose links close a ring, and the share of a chip's links in use
+    "v5p:2x2x1": ((False, False, False), 2 / 6),
+    "v5p:2x4x4": ((False, False, False), 3 / 6),
+    "v5p:4x4x8": ((True, True, True), 1),
+    "tpu7x:8x8x12": ((True, True, True), 1),
+    "v5e:2x4": ((False, False), 2 / 4),
+    "v6e:8x16": ((False, True), 3 / 4),
+    "v5e:16x16": ((True, True), 1),
+}
+
+
+@pytest.mark.parametrize(("on", "expected"), RINGS.items())
+def test_whole_cubes_and_the_sides_of_a_pod_are_rings(on, expected):
+    target = hardware.parse_target(on)
+    assert (target.wraps, target.used_links) == expected
+    rate = target.chip.link_bandwidth / 2 * expected[1]
+    assert target.count_receive_seconds(30e9, 30e9) == pytest.approx(30e9 / rate)
+    assert hardware.parse_target("v5e:1x1").count_receive_seconds(0, 0) == 0
+
+
+GATHER = """
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxpt import config, hardware, sharding
+from jaxpt.plan import compile
+
+devices = compile.make_target_devices(hardware.parse_target(sys.argv[1]), None)
+mesh = sharding.make_mesh(config.MeshConfig(), devices)
+sharded = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+weight = jax.ShapeDtypeStruct((4096, 1408), jnp.bfloat16, sharding=sharded)
+gather = jax.jit(lambda x: x * 2, out_shardings=NamedSharding(mesh, PartitionSpec()))
+print(gather.lower(weight).compile().as_text())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on", ["v5p:2x2x2", "v5p:4x4x4", "v5p:4x4x8", "v5e:4x4", "v6e:16x16"])
+def test_a_slice_gathers_weights_and_does_not_add_them_up(on):
+    """libtpu gathers by all-reduces, twice the traffic, on 64 chips without rings."""
+    if missing := compile.find_missing_package(hardware.parse_target(on)):
+        pytest.skip(f"{missing} is not installed")
+    environment = os.environ | compile.COMPILER_ENV | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", GATHER, on]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert " all-gather(" in done.stdout
+    assert " all-reduce(" not in done.stdout
 
 
 def test_hours_and_money_follow_from_speed(on_cpu):

@@ -251,7 +251,7 @@ def make_target_devices(target: Target, missing: str | None) -> Sequence[Any]:
         jax.config.update("jax_num_cpu_devices", target.n_devices)
         return jax.devices("cpu")
     if platform == "tpu":
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"wrap": (*target.wraps, False)[:3]}  # of three axes
         if target.chip.name == "v4":
             options["chip_config_name"] = "megacore"  # a v4 chip's two cores are one device
         if math.prod(shape) == 1:
