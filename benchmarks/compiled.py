@@ -158,7 +158,10 @@ def child(name: str):
     arrays = arrays_of(text)
     largest = max(arrays, key=lambda array: math.prod(array[1]))
     layers = [
-        ", ".join(f"{kind}: {each.n_ops}" for kind, each in found.items()) or "none"
+        ", ".join(
+            f"{each.n_ops} {kind} {each.n_bytes / 1e6:,.0f} MB" for kind, each in found.items()
+        )
+        or "none"
         for found in compile.count_layer_collectives(text, spec.n_layers, mesh.size)
     ]
     host = (

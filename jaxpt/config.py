@@ -274,6 +274,11 @@ class TrainConfig:
         "offload is dots kept in host memory.",
         *("none", "minimal", "dots", "full", "offload"),
     )
+    unroll_layers: int = knob(
+        0,
+        "Layers in the body of the loop over layers, of which more are faster and compile longer; "
+        "0: one on an accelerator, on a CPU as the run's length pays for. See docs/performance.md.",
+    )
     dpo_beta: float = knob(
         0.0,
         "Learn preferences from pairs (DPO), against the initial model: 0.1 is usual, less lets it "
@@ -718,6 +723,8 @@ def check_train(train: TrainConfig) -> None:
     for name in positive.split():
         if getattr(train, name) < 1:
             raise UserError(f"train.{name}: expected at least 1, got {getattr(train, name)}.")
+    if train.unroll_layers < 0:
+        raise UserError(f"train.unroll_layers: expected at least 0, got {train.unroll_layers}.")
     if train.batch_size % train.grad_accum_steps:
         raise UserError(
             f"train.grad_accum_steps: {train.batch_size} sequences cannot be split into "

@@ -986,6 +986,39 @@ def test_the_search_goes_down_from_the_fastest_until_one_fits(monkeypatch):
     assert search.find_fitting_layout(LLAMA3_8B, tight, found) == (None, 0)
 
 
+def test_a_search_on_gpus_compiles_its_best_layout_unrolled_too(monkeypatch):
+    """Nothing else would say what unrolling costs in memory and seconds, or that it still fits."""
+
+    def search_on(on):
+        layouts = search.list_layouts(LLAMA3_8B, POD, hardware.parse_target(on))
+
+        def measure(spec, settings, target):
+            n = settings.train.unroll_layers
+            rolled = dataclasses.replace(settings.train, unroll_layers=0)
+            settings = dataclasses.replace(settings, train=rolled)
+            (each,) = [each for each in layouts if each.settings == settings]
+            assert n in (0, LLAMA3_8B.n_layers)
+            bytes_more = 2**30 if n else 0
+            return dataclasses.replace(
+                each.analysis,
+                peak_bytes=each.analysis.peak_bytes + bytes_more,
+                analysis_seconds=170.0 if n else 13.0,
+                missing_package=None,
+            )
+
+        monkeypatch.setattr(compile, "find_missing_package", lambda target: None)
+        monkeypatch.setattr(compile, "analyze_step", measure)
+        targets, found = search.search_layouts(POD, [on], {})
+        return found, search.format_search(targets, found)
+
+    found, text = search_on("h100:8")
+    assert found.n_compiled == 2 and found.unrolled[0] in text
+    assert "h100:8: with all 32 layers unrolled it fits, takes +1.0 GiB" in text
+    assert "compiles in 170 s, not 13" in text and "--config.train.unroll_layers=32" in text
+    found, text = search_on("v5p:4x4x4")
+    assert found.n_compiled == 1 and "unroll" not in text
+
+
 @pytest.fixture
 def without_compilers(monkeypatch):
     monkeypatch.setattr(compile, "find_missing_package", lambda target: "its compiler")

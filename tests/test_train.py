@@ -230,7 +230,23 @@ def test_remat_changes_memory_not_numbers(one):
 def test_a_cpu_unrolls_layers_by_a_divisor_and_only_in_a_long_run(n_layers, n_steps, n_unrolled):
     spec = dataclasses.replace(SPEC, n_layers=n_layers)
     train = dataclasses.replace(SETTINGS.train, steps=n_steps)
-    assert step.choose_unroll(spec, train, 32) == n_unrolled
+    assert step.choose_unroll(spec, train, 32, on_cpu=True) == n_unrolled
+    assert step.choose_unroll(spec, train, 32, on_cpu=False) == 1
+    for on_cpu in (True, False):  # a recipe's own number, of the layers that there are
+        chosen = dataclasses.replace(train, unroll_layers=6)
+        expected = {35: 6, 5: 5, 0: 1}[n_layers]
+        assert step.choose_unroll(spec, chosen, 32, on_cpu) == expected
+
+
+def test_unrolling_layers_changes_the_loop_not_numbers(one):
+    spec = SPEC.replace(n_layers=5)
+    curves = {}
+    for n in (1, 2, 5):
+        changed = dataclasses.replace(SETTINGS.train, unroll_layers=n)
+        settings = dataclasses.replace(SETTINGS, train=changed)
+        curves[n], _, _ = train(one, settings, n=3, spec=spec)
+    for n, curve in curves.items():
+        np.testing.assert_allclose(curve, curves[1], rtol=1e-6, err_msg=str(n))
 
 
 def test_offloading_on_a_cpu_is_refused(one):

@@ -42,7 +42,7 @@ from jaxpt.train.state import (
 
 # Updates before the running mean of gradient norms is trusted: early norms fall by themselves.
 SPIKE_WARMUP = 50
-# what decides whether layers are unrolled on a CPU
+# what decides how many layers are unrolled on a CPU
 MAX_UNROLL = 16
 UNROLLED_GAIN = 0.06  # of the run's time
 COMPILE_SECONDS_PER_LAYER = 0.8
@@ -368,7 +368,7 @@ def make_gradient_function(
     number of targets, so that their mean over micro-batches weighs each as the loss does.
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    unroll = choose_unroll(spec, train, seq_len) if on_cpu else 1
+    unroll = choose_unroll(spec, train, seq_len, on_cpu)
     if train.remat == "offload" and on_cpu:
         raise UserError(
             "train.remat: offload moves activations to the host's memory, and a CPU has no other. "
@@ -532,15 +532,19 @@ def make_divergence(distill_spec: DistillSpec) -> distill.Divergence:
     return distill.Divergence(knobs.temperature, is_reverse, softcap, distill_spec.vocab_size)
 
 
-def choose_unroll(spec: ModelSpec, train: TrainConfig, seq_len: int) -> int:
-    """Return how many layers a CPU runs per turn of the loop over layers.
+def choose_unroll(spec: ModelSpec, train: TrainConfig, seq_len: int, on_cpu: bool) -> int:
+    """Return how many layers are in the body of the loop over layers: train.unroll_layers, or 0's.
 
-    Unrolled, it overlaps what a loop would run one after the other: 1.06 x on two cores
+    Unrolled, a CPU overlaps what a loop would run one after the other: 1.06 x on two cores
     (benchmarks/train_step.py). Each layer more in the loop's body takes 0.8 CPU seconds to compile
     (measured with 4, 10 and 16 of 100), so a short run keeps the loop. A divisor leaves no
     remainder, which would be compiled beside the body. It depends on nothing but the recipe, so a
     resumed run has the same program.
     """
+    if train.unroll_layers:
+        return max(min(train.unroll_layers, spec.n_layers), 1)
+    if not on_cpu:
+        return 1
     n_tokens = train.steps * train.batch_size * seq_len
     run_seconds = n_tokens * count_flops_per_token(spec, seq_len) / CPU_FLOPS
     n_worthwhile = int(UNROLLED_GAIN * run_seconds / COMPILE_SECONDS_PER_LAYER)
