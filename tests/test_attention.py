@@ -15,6 +15,7 @@ from jaxpt import config, sharding
 from jaxpt.config import Config, MeshConfig, PackConfig, TrainConfig
 from jaxpt.model.attention import attend_plain
 from jaxpt.model.kernels import blockwise, select
+from jaxpt.model.kernels import splash as splash_kernel
 from jaxpt.model.kernels.blockwise import (
     MAX_QUERY_BLOCK,
     MIN_TOKENS_ALONE,
@@ -24,7 +25,7 @@ from jaxpt.model.kernels.blockwise import (
     make_document_ids,
     split_queries,
 )
-from jaxpt.model.kernels.splash import splash_attend
+from jaxpt.model.kernels.splash import choose_blocks, splash_attend
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train.step import make_attention_request
 
@@ -84,9 +85,9 @@ def inputs(lengths=((100, 200, 60), (384,), (1, 129, 128)), B=B, T=T):
     return q, k, v, jnp.asarray(segments)
 
 
-@pytest.mark.parametrize("window", [None, 37])
-def test_every_backend_gives_the_formulas_numbers_and_gradients(backend, window):
-    q, k, v, segments = inputs()
+def check_numbers_and_gradients(tried, args, window):
+    """Hold attention of (q, k, v, segment ids) to the formula."""
+    q, k, v, segments = args
     trained = (segments > 0)[..., None, None]
 
     def of(attend):
@@ -96,15 +97,20 @@ def test_every_backend_gives_the_formulas_numbers_and_gradients(backend, window)
 
     ours, expected = (
         jax.jit(jax.value_and_grad(of(attend), argnums=(0, 1, 2)))(q, k, v)
-        for attend in (backend, plain)
+        for attend in (tried, plain)
     )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=5e-5), ours, expected
     )
-    mixed = jax.jit(backend, static_argnums=4)(q, k, v, segments, window)
+    mixed = jax.jit(tried, static_argnums=4)(q, k, v, segments, window)
     # in the padding too: what is not finite there would reach the weights' gradients
     assert np.isfinite(mixed).all()
     np.testing.assert_allclose(mixed, plain(q, k, v, segments, window), atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 37])
+def test_every_backend_gives_the_formulas_numbers_and_gradients(backend, window):
+    check_numbers_and_gradients(backend, inputs(), window)
 
 
 @pytest.mark.parametrize("max_unrolled", [0, 512])
@@ -321,6 +327,24 @@ def test_kernels_exchange_positions_for_heads_where_sequences_are_sharded(backen
         program(*placed),
         expected,
     )
+
+
+def test_a_long_sequence_has_large_blocks_whose_scores_are_made_in_parts(monkeypatch):
+    sizes = {T: choose_blocks(T) for T in (384, 4096, 8192, 12_800, 131_072)}
+    assert sizes == {
+        384: (128, 128),
+        4096: (512, 512),
+        8192: (1024, 512),
+        12_800: (512, 512),
+        131_072: (1024, 512),
+    }
+    monkeypatch.setattr(splash_kernel, "MIN_LARGE", 384)
+    monkeypatch.setattr(splash_kernel, "LARGE_BLOCK", 384)
+    monkeypatch.setattr(splash_kernel, "BLOCK", 128)
+    assert choose_blocks(768) == (384, 128)
+    args = inputs(lengths=((100, 600, 68), (768,)), B=2, T=768)
+    for window in (None, 301):
+        check_numbers_and_gradients(splash, args, window)
 
 
 def test_sequences_that_the_mesh_does_not_divide_attend_whole_on_every_device():

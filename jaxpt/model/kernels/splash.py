@@ -11,6 +11,12 @@ from jax import Array
 
 from jaxpt.model.kernels.sharded import ATTENTION_OUTPUT, shard_map_attention
 
+BLOCK = 512  # queries, and keys, for which the kernel is started once
+# Of sequences from MIN_LARGE on: a quarter of the starts, and few more scores above the diagonal.
+# v5e and v5p refuse 2,048: a kernel has 16 MiB of their vector memory.
+LARGE_BLOCK = 1024
+MIN_LARGE = 8192
+
 
 def splash_attend(
     q: Array,
@@ -33,8 +39,17 @@ def splash_attend(
         mask = masks.CausalMask((T, T))
         if window is not None:
             mask = masks.LocalMask((T, T), (window - 1, 0), 0)
-        block = math.gcd(T, 512)
-        sizes = kernel.BlockSizes(block, block, block, block, block, block, block, block)
+        block, computed = choose_blocks(T)
+        sizes = kernel.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=computed,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=computed,
+            block_q_dq=block,
+            block_kv_dq=block,
+        )
         run = kernel.make_splash_mha(
             masks.MultiHeadMask([mask] * N),
             block_sizes=sizes,
@@ -55,3 +70,12 @@ def splash_attend(
         return jnp.swapaxes(out, 1, 2)
 
     return shard_map_attention(local)(q, k, v, segment_ids)
+
+
+def choose_blocks(T: int) -> tuple[int, int]:
+    """Return how many keys a block has, which divides T, and how many of them make scores at once.
+
+    A block of queries is as large.
+    """
+    block = math.gcd(T, LARGE_BLOCK if T >= MIN_LARGE else BLOCK)
+    return block, math.gcd(block, BLOCK)
