@@ -570,6 +570,31 @@ def test_a_started_collective_and_a_scattered_one_count_their_whole_arrays():
     assert n_bytes == 24 * 24 * 2 + 4 * 8 * 4
 
 
+def test_a_gather_that_runs_beside_several_matmuls_is_counted_once():
+    """On a TPU it stands in each of their fusions: at its start, in the midst and at its end."""
+
+    def gather(channel, more=""):
+        attributes = f"channel_id={channel}, replica_groups=[1,4]<=[4], dimensions={{0}}{more}"
+        return f"  %g = f32[24,40]{{1,0}} all-gather(%w), {attributes}"
+
+    chain = ', frontend_attributes={chain_id="0"}'
+    computations = {
+        **{f"%part{i} (p: f32[]) -> f32[] {{": [gather(7, chain)] for i in range(3)},
+        "%other (p: f32[]) -> f32[] {": [gather(8, chain)],
+        "%body (p: f32[]) -> f32[] {": [
+            *(f"  %f = f32[] fusion(%p), kind=kOutput, calls=%part{i}" for i in range(3)),
+            "  %f = f32[] fusion(%p), kind=kOutput, calls=%other",
+            gather(9),
+            gather(9),  # a copy of a loop's body has its channels, and gathers again
+        ],
+    }
+    text = ""
+    for header, lines in computations.items():
+        text += "\n".join([header, *lines, "}\n"])
+    found = compile.count_collectives(compile.split_computations(text), "body", 4, set())
+    assert found == {"all-gather": compile.CollectiveCount(4, 4 * 24 * 40 * 4, 4 * 24 * 40 * 4)}
+
+
 GROUPS = {
     "replica_groups={{0,4},{1,5},{2,6},{3,7}}": [0, 4],
     "source_target_pairs={{3,0},{0,1},{1,2},{2,3}}": [3, 0],

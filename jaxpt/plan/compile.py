@@ -454,7 +454,7 @@ def count_layer_collectives(
         if any(loops_over_layers(line, n_layers) for line in inner):
             continue
         for body, n_layers_per_turn in bodies.items():
-            found = count_collectives(computations, body, domain_size)
+            found = count_collectives(computations, body, domain_size, set())
             counts.append(divide_counts(found, n_layers_per_turn))
     return tuple(counts)
 
@@ -494,9 +494,17 @@ def loops_over_layers(line: str, n_layers: int) -> bool:
 
 
 def count_collectives(
-    computations: dict[str, list[str]], name: str, domain_size: int
+    computations: dict[str, list[str]], name: str, domain_size: int, begun: set[str]
 ) -> LayerCollectives:
-    """Return the collectives of a computation and of all that it calls, inner loops multiplied."""
+    """Return the collectives of a computation and of all that it calls, inner loops multiplied.
+
+    Args:
+        computations: of the program, by name.
+        name: of the computation.
+        domain_size: as of count_layer_collectives.
+        begun: channels of collectives that were counted. A TPU runs one beside several matmuls, and
+            it stands in each of these fusions: in a chain of the same channel.
+    """
     total: LayerCollectives = {}
 
     def add(kind: str, n_ops: int, n_bytes: float, domain_bytes: float) -> None:
@@ -510,6 +518,11 @@ def count_collectives(
         operation = match[1] if match else ""
         kind = operation.removesuffix("-start")
         if kind in COLLECTIVES:
+            if "chain_id=" in line:
+                (channel,) = re.findall(r"channel_id=\d+", line)
+                if channel in begun:
+                    continue
+                begun.add(channel)
             n_bytes = count_collective_bytes(line, operation)
             group = list_group(line)
             is_within = len(group) > 1 and max(group) - min(group) < domain_size
@@ -518,7 +531,7 @@ def count_collectives(
         trip_count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
         n_turns = int(trip_count[1]) if trip_count and kind == "while" else 1
         for called in re.findall(r"(?:calls|to_apply|body)=%?([\w.\-]+)", line):
-            inner = count_collectives(computations, called, domain_size)
+            inner = count_collectives(computations, called, domain_size, begun)
             for inner_kind, count in inner.items():
                 n_bytes, domain_bytes = n_turns * count.n_bytes, n_turns * count.domain_bytes
                 add(inner_kind, n_turns * count.n_ops, n_bytes, domain_bytes)
