@@ -406,7 +406,8 @@ def format_layout(layout: Layout) -> str:
     """Return the mesh and the searched knobs in words."""
     train = layout.settings.train
     mesh = format_mesh(layout.analysis.mesh)
-    return f"{mesh}, grad_accum_steps {train.grad_accum_steps}, remat {train.remat}"
+    unrolled = f", {train.unroll_layers} layers unrolled" if train.unroll_layers else ""
+    return f"{mesh}, grad_accum_steps {train.grad_accum_steps}, remat {train.remat}{unrolled}"
 
 
 def list_divisors(n: int) -> list[int]:
