@@ -1014,7 +1014,7 @@ def test_the_search_goes_down_from_the_fastest_until_one_fits(monkeypatch):
 def test_a_search_on_gpus_compiles_its_best_layout_unrolled_too(monkeypatch):
     """Nothing else would say what unrolling costs in memory and seconds, or that it still fits."""
 
-    def search_on(on):
+    def search_on(on, gib_more=1):
         layouts = search.list_layouts(LLAMA3_8B, POD, hardware.parse_target(on))
 
         def measure(spec, settings, target):
@@ -1023,7 +1023,7 @@ def test_a_search_on_gpus_compiles_its_best_layout_unrolled_too(monkeypatch):
             settings = dataclasses.replace(settings, train=rolled)
             (each,) = [each for each in layouts if each.settings == settings]
             assert n in (0, LLAMA3_8B.n_layers)
-            bytes_more = 2**30 if n else 0
+            bytes_more = gib_more * 2**30 if n else 0
             return dataclasses.replace(
                 each.analysis,
                 peak_bytes=each.analysis.peak_bytes + bytes_more,
@@ -1038,8 +1038,10 @@ def test_a_search_on_gpus_compiles_its_best_layout_unrolled_too(monkeypatch):
 
     found, text = search_on("h100:8")
     assert found.n_compiled == 2 and found.unrolled[0] in text
-    assert "h100:8: with all 32 layers unrolled it fits, takes +1.0 GiB" in text
-    assert "compiles in 170 s, not 13" in text and "--config.train.unroll_layers=32" in text
+    assert "h100:8: with all 32 layers unrolled it takes +1.0 GiB and compiles in 170 s" in text
+    assert "not 13. Published" in text and "--config.train.unroll_layers=32" in text
+    found, text = search_on("h100:8", gib_more=40)
+    assert "+40.0 GiB" in text and "does not fit." in text and "unroll_layers" not in text
     found, text = search_on("v5p:4x4x4")
     assert found.n_compiled == 1 and "unroll" not in text
 

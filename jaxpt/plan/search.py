@@ -140,12 +140,14 @@ def describe_unrolled(target: Target, loop: Layout, unrolled: Layout) -> str:
     """Return a sentence that compares a layout's loop over layers with all of them unrolled."""
     n_layers = unrolled.settings.train.unroll_layers
     memory = unrolled.required_bytes / GIB - loop.required_bytes / GIB
-    fits = "fits" if unrolled.fits(target.usable_bytes) else "does not fit"
     seconds, loop_seconds = (each.analysis.analysis_seconds for each in (unrolled, loop))
+    compared = f"it takes {memory:+.1f} GiB and compiles in {seconds:.0f} s, not {loop_seconds:.0f}"
+    text = f"{target.name}: with all {n_layers} layers unrolled {compared}"
+    if not unrolled.fits(target.usable_bytes):
+        return f"{text}; it does not fit."
     return (
-        f"{target.name}: with all {n_layers} layers unrolled it {fits}, takes {memory:+.1f} GiB "
-        f"and compiles in {seconds:.0f} s, not {loop_seconds:.0f}. Published runs on GPUs up to "
-        f"8B do so; a loop costs them 3 to 8 %: --config.train.unroll_layers={n_layers}"
+        f"{text}. Published runs on GPUs up to 8B do so; a loop costs them 3 to 8 %: "
+        f"--config.train.unroll_layers={n_layers}"
     )
 
 
