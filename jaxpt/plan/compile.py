@@ -518,11 +518,11 @@ def count_collectives(
         operation = match[1] if match else ""
         kind = operation.removesuffix("-start")
         if kind in COLLECTIVES:
-            if "chain_id=" in line:
-                (channel,) = re.findall(r"channel_id=\d+", line)
-                if channel in begun:
+            channel = re.search(r"channel_id=\d+", line)
+            if channel and "chain_id=" in line:
+                if channel[0] in begun:
                     continue
-                begun.add(channel)
+                begun.add(channel[0])
             n_bytes = count_collective_bytes(line, operation)
             group = list_group(line)
             is_within = len(group) > 1 and max(group) - min(group) < domain_size
