@@ -571,7 +571,7 @@ def test_a_started_collective_and_a_scattered_one_count_their_whole_arrays():
 
 
 def test_a_gather_that_runs_beside_several_matmuls_is_counted_once():
-    """On a TPU it stands in each of their fusions: at its start, in the midst and at its end."""
+    """On a TPU it stands in each of their fusions: at its start, at its end and between."""
 
     def gather(channel, more=""):
         attributes = f"channel_id={channel}, replica_groups=[1,4]<=[4], dimensions={{0}}{more}"
@@ -1012,7 +1012,7 @@ def test_the_search_goes_down_from_the_fastest_until_one_fits(monkeypatch):
 
 
 def test_a_search_on_gpus_compiles_its_best_layout_unrolled_too(monkeypatch):
-    """Nothing else would say what unrolling costs in memory and seconds, or that it still fits."""
+    """Only the compiler knows the memory and seconds of unrolled layers, and whether they fit."""
 
     def search_on(on, gib_more=1):
         layouts = search.list_layouts(LLAMA3_8B, POD, hardware.parse_target(on))
