@@ -12,7 +12,7 @@ from jax import Array
 from jaxpt.model.kernels.sharded import ATTENTION_OUTPUT, shard_map_attention
 
 BLOCK = 512  # queries, and keys, for which the kernel is started once
-# Of sequences from MIN_LARGE on: a quarter of the starts, and hardly more scores above the diagonal.
+# Of sequences from MIN_LARGE on: a quarter of the starts, hardly more scores above the diagonal.
 # v5e and v5p refuse 2,048: a kernel has 16 MiB of their vector memory.
 LARGE_BLOCK = 1024
 MIN_LARGE = 8192
