@@ -6,11 +6,9 @@ import dataclasses
 import functools
 import logging
 import math
-import os
 import re
-import subprocess
-import sys
 
+import compilers
 import jax
 import jax.numpy as jnp
 import low_matmul as benchmark
@@ -350,21 +348,12 @@ def test_a_plan_for_a_chip_without_the_units_is_refused():
 
 # ---- compiled for chips that are not here
 
-HEAD = """
-import sys
-import jax
-import jax.numpy as jnp
-from jaxpt import config, hardware, sharding
-from jaxpt.model.kernels.low_matmul import int8_matmul
-from jaxpt.plan import compile
-from jaxpt.spec import ModelSpec
-devices = compile.make_target_devices(hardware.parse_target(sys.argv[1]), None)
-mesh = sharding.make_mesh(config.MeshConfig(), devices)
-"""
 # target -> what compiles there, and how the text says that a product is low
 COMPILED = {
     "h100:1": (
         """
+from jaxpt.spec import ModelSpec
+
 spec = ModelSpec(
     n_layers=2, d_model=1024, d_ff=4096, n_heads=8, n_kv_heads=2, d_head=128, vocab_size=1152
 )
@@ -380,6 +369,8 @@ print(lowered.compile({"xla_gpu_enable_triton_gemm": False}).as_text())
     # the product alone: libtpu takes minutes for the step
     "v5e:1x1": (
         """
+from jaxpt.model.kernels.low_matmul import int8_matmul
+
 def run(x, weight, d_y):
     y, pullback = jax.vjp(int8_matmul, x, weight)
     return y, pullback(d_y)
@@ -399,13 +390,7 @@ print(jax.jit(run).lower(*inputs).compile().as_text())
 def test_the_compilers_of_chips_make_their_low_products(on):
     """XLA joins some of the step's seven matrices that read one input."""
     program, pattern = COMPILED[on]
-    if missing := compile.find_missing_package(hardware.parse_target(on)):
-        pytest.skip(f"{missing} is not installed")
-    environment = os.environ | compile.COMPILER_ENV | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", HEAD + program, on]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    names = re.findall(pattern, done.stdout)
+    names = re.findall(pattern, compilers.run_for(on, program))
     n_again = sum("rematted" in name for name in names)
     n_backward = sum("transpose" in name for name in names) - n_again
     found = len(names) - n_again - n_backward, n_again, n_backward

@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import math
-import os
 import re
 import subprocess
 import sys
 
+import compilers
 import entry_points
 import jax
 import jax.numpy as jnp
@@ -656,16 +656,8 @@ def test_whole_cubes_and_the_sides_of_a_pod_are_rings(on, expected):
 
 
 GATHER = """
-import sys
-
-import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxpt import config, hardware, sharding
-from jaxpt.plan import compile
 
-devices = compile.make_target_devices(hardware.parse_target(sys.argv[1]), None)
-mesh = sharding.make_mesh(config.MeshConfig(), devices)
 sharded = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 weight = jax.ShapeDtypeStruct((4096, 1408), jnp.bfloat16, sharding=sharded)
 gather = jax.jit(lambda x: x * 2, out_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -677,14 +669,9 @@ print(gather.lower(weight).compile().as_text())
 @pytest.mark.parametrize("on", ["v5p:2x2x2", "v5p:4x4x4", "v5p:4x4x8", "v5e:4x4", "v6e:16x16"])
 def test_a_slice_gathers_weights_and_does_not_add_them_up(on):
     """libtpu gathers by all-reduces, twice the traffic, on 64 chips without rings."""
-    if missing := compile.find_missing_package(hardware.parse_target(on)):
-        pytest.skip(f"{missing} is not installed")
-    environment = os.environ | compile.COMPILER_ENV | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", GATHER, on]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert " all-gather(" in done.stdout
-    assert " all-reduce(" not in done.stdout
+    text = compilers.run_for(on, GATHER)
+    assert " all-gather(" in text
+    assert " all-reduce(" not in text
 
 
 def test_hours_and_money_follow_from_speed(on_cpu):
