@@ -68,7 +68,7 @@ def search_layouts(
             )
             continue
         if can_unroll(target, best):
-            unrolled.append(describe_unrolled(target, best, compile_unrolled(spec, target, best)))
+            unrolled.append(compare_unrolled(spec, target, best))
             n_compiled += 1
         calibration = calibrations.get(target.chip.name, 1.0)
         plan = cost.project_target(spec, best.settings, target, best.analysis, tokens, calibration)
@@ -129,16 +129,12 @@ def can_unroll(target: Target, best: Layout) -> bool:
     return target.chip.platform == "cuda" and is_compiled and not best.settings.train.unroll_layers
 
 
-def compile_unrolled(spec: ModelSpec, target: Target, best: Layout) -> Layout:
-    """Return a layout with all layers unrolled, as the compiler finds it."""
-    train = dataclasses.replace(best.settings.train, unroll_layers=spec.n_layers)
-    settings = dataclasses.replace(best.settings, train=train)
-    return compile_layout(spec, target, best._replace(settings=settings))
-
-
-def describe_unrolled(target: Target, loop: Layout, unrolled: Layout) -> str:
+def compare_unrolled(spec: ModelSpec, target: Target, loop: Layout) -> str:
     """Return a sentence that compares a layout's loop over layers with all of them unrolled."""
-    n_layers = unrolled.settings.train.unroll_layers
+    n_layers = spec.n_layers
+    train = dataclasses.replace(loop.settings.train, unroll_layers=n_layers)
+    settings = dataclasses.replace(loop.settings, train=train)
+    unrolled = compile_layout(spec, target, loop._replace(settings=settings))
     memory = unrolled.required_bytes / GIB - loop.required_bytes / GIB
     seconds, loop_seconds = (each.analysis.analysis_seconds for each in (unrolled, loop))
     compared = f"it takes {memory:+.1f} GiB and compiles in {seconds:.0f} s, not {loop_seconds:.0f}"
