@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import errno
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -45,7 +46,6 @@ MAX_MESSAGE = 1600  # characters
 WRITERS = {"corpus": "prepare", "tokenizer": "train_tokenizer", "packed": "pack"}  # in this order
 INTERRUPTED = 130  # exit status
 RETRY_SECONDS = 0.1  # until an interrupt that would do harm is tried again
-GC_CALLBACKS = ("_xla_gc_callback",)  # jax's
 REQUEST = ".request"  # in a working directory: the fingerprint of the request it serves
 
 
@@ -586,9 +586,10 @@ def interrupt_when_safe(number: int, frame: FrameType | None) -> None:
 
     It crashes an import of jax (signal 11), and is lost in a callback of the garbage collector.
     """
+    gc_callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
     while frame:
         code = frame.f_code
-        if code.co_filename.startswith("<frozen importlib") or code.co_name in GC_CALLBACKS:
+        if code.co_filename.startswith("<frozen importlib") or code in gc_callbacks:
             again = (threading.main_thread().ident, number)
             timer = threading.Timer(RETRY_SECONDS, signal.pthread_kill, again)
             timer.daemon = True

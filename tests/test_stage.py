@@ -262,18 +262,26 @@ def test_a_message_comes_once_whatever_a_library_does_to_the_root_logger(logger,
     assert capsys.readouterr().err.count("step 37 of 41") == 1
 
 
-def test_an_interrupt_waits_until_an_import_is_done_and_ends_in_one_sentence(tmp_path):
-    """It crashes an import of jax; what atexit has still to do is done."""
+@pytest.mark.parametrize("where", ["import imported", "gc.collect()"])
+def test_an_interrupt_waits_until_no_harm_is_done_and_ends_in_one_sentence(tmp_path, where):
+    """It crashes an import of jax, and is lost in a callback; what atexit has to do is done."""
     kill = (
         "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nsum(range(9**6))\nprint('whole')"
     )
     (tmp_path / "imported.py").write_text(kill)
-    code = """
-import atexit, time
+    code = f"""
+import atexit, gc, time
 from jaxpt import stage
 
+def clean(phase, info):
+    if phase == "start" and "gc" in {where!r}:
+        exec({kill!r})
+
 def main():
-    import imported
+    gc.collect()
+    gc.callbacks.append(clean)
+    {where}
+    gc.callbacks.remove(clean)
     atexit.register(print, "left")
     time.sleep(60)
 
