@@ -10,6 +10,8 @@
 `frontier`  loss against FLOPs: depths and widths at several budgets, each at several peak rates
 `arms`      a full size, the same with less, small models left alone, and ways to grow, at equal
             FLOPs with the base's included
+`pretrained` a finished base of 5, 20 and 80 tokens per parameter: trained on, or grown
+`holdout`   twice the depth at 1.5 times the FLOPs of `arms`, to test what was fitted to `arms`
 `transfer`  five rates at seven shapes, with and without model.base_shape
 `init`      five initializations at three sizes
 `tables`    tables of all results, with 95 % intervals of paired differences, and plots
@@ -31,6 +33,7 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
+import growth_forecast
 import growth_runs
 import growth_tables
 from growth_runs import Run, Segment, Shape, Text
@@ -127,18 +130,17 @@ BATCH = 16
 
 
 def plan_frontier(results: list[dict[str, Any]]) -> list[Run]:
-    """Return a run for each shape, budget and rate; the middle rate first, within a width.
+    """Return a run for each shape, budget and rate, the middle rate first.
 
     The budgets of a shape and rate share their trunk. Once all are there, a shape whose best rate
     is the highest or the lowest of a budget gets one beyond it.
     """
     runs = []
+    done = {result["key"]: result["loss"] for result in results}
     for width in WIDTHS:
         for rate in RATES:
             for depth in DEPTHS:
                 runs += make_frontier_runs(Shape(depth, width), rate)
-    done = {result["key"]: result["loss"] for result in results}
-    for width in WIDTHS:
         for depth in DEPTHS:
             runs += extend_rates(Shape(depth, width), done)
     return runs
@@ -186,7 +188,9 @@ def stops_at(shape: Shape, budget: float) -> list[int]:
 
 FULL = Shape(4, 64)
 BUDGET = 1.2e13  # FLOPs: the full size is the best one there, with 28 tokens per parameter
-ARM_RATE = 4e-3  # the frontier's best of FULL
+ARM_RATES = (4e-3, 8e-3)  # and beyond them where one of these two is the best
+ARM_RATE_SEED = 0  # which is for their choice alone
+ARM_SEEDS = (1, 2, 3, 4, 5)
 SHORTER = (0.25, 0.4, 0.5)  # of the budget, for the full size alone
 # arm -> (the shape before, its operator, the share of the tokens before it)
 GROWN = {
@@ -208,46 +212,119 @@ ALSO_FRESH = ("1 layer, jump at 70 %", "2 layers, stack at 50 %")
 ALSO_SHUFFLED = ("2 layers, stack at 50 %",)  # a base that learns nothing of order: no gain
 
 
+FRESH, SHUFFLED = ", fresh moments", ", its base on shuffled tokens"
+FRONTIER_RATES = {"1 layer, never grown": 4e-3, "2 layers, never grown": 4e-3}
+
+
 def plan_arms(results: list[dict[str, Any]]) -> list[Run]:
-    """Return all arms at equal FLOPs, and the full size with less, for every seed."""
+    """Return every arm at several rates on one seed; then all arms at their best on the others.
+
+    An arm whose rate is still to be found waits for the next start of the command.
+    """
+    tried = collect_tried(results)
+    to_try = {}
+    for run in make_arms(ARM_RATES[0], ARM_RATE_SEED):
+        if run.arm == name_tuned(run.arm) and run.arm not in FRONTIER_RATES:
+            to_try[run.arm] = list_rates(tried.get(run.arm, {}))
     runs = []
-    for seed in SEEDS:
-        for share in (*SHORTER, 1.0):
-            n_steps = count_steps(FULL, "", share * BUDGET, BATCH)
-            stops = [
-                stable_steps(count_steps(FULL, "", each * BUDGET, BATCH))
-                for each in SHORTER
-                if each < share
-            ]
-            arm = f"{FULL.n_layers} layers, {share:g} of the FLOPs"
-            segments = make_plain_segments(n_steps, stops)
-            n_curve = CURVE_STEPS if share == 1 else 0
-            runs.append(Run("arms", arm, FULL, segments, ARM_RATE, seed, BATCH, n_curve))
-        for depth in range(1, FULL.n_layers):
-            arm = f"{depth} layer{'s' * (depth > 1)}, never grown"
-            small = Shape(depth, FULL.d_model)
-            runs.append(make_plain("arms", arm, small, BUDGET, ARM_RATE, seed, BATCH))
-        for arm, (small, operator, share) in GROWN.items():
-            segments = make_grown_segments(small, operator, share, "reset_new")
-            segments_of = {arm: segments}
-            if arm in ALSO_FRESH:
-                fresh = make_grown_segments(small, operator, share, "fresh")
-                segments_of[f"{arm}, fresh moments"] = fresh
-            if arm in ALSO_SHUFFLED:
-                base = dataclasses.replace(segments[0], shuffled=True)
-                segments_of[f"{arm}, its base on shuffled tokens"] = (base, *segments[1:])
-            for name, each in segments_of.items():
-                runs.append(Run("arms", name, small, each, ARM_RATE, seed, BATCH, CURVE_STEPS))
+    for rate in sorted({rate for rates in to_try.values() for rate in rates}):
+        arms = make_arms(rate, ARM_RATE_SEED)
+        runs += [run for run in arms if rate in to_try.get(run.arm, ())]
+    best = find_arm_rates(results)
+    for seed in ARM_SEEDS:
+        for rate in sorted(set(best.values())):
+            arms = make_arms(rate, seed)
+            runs += [run for run in arms if best.get(name_tuned(run.arm)) == rate]
+    return runs
+
+
+def select_arms(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return results for tables: those of the seed that chose the rates as a part of their own."""
+    best = find_arm_rates(results)
+    chosen = []
+    for result in results:
+        if result["part"] != "arms":
+            chosen.append(result)
+        elif result["seed"] == ARM_RATE_SEED:
+            chosen.append({**result, "part": "arm rates"})
+        elif best.get(name_tuned(result["arm"])) == result["peak_lr"]:
+            chosen.append(result)
+    return chosen
+
+
+def list_rates(losses: dict[float, float]) -> list[float]:
+    """Return the rates that an arm needs, given the losses of those that are done."""
+    rates = sorted(ARM_RATES)
+    while set(rates) <= losses.keys():
+        best = min(rates, key=lambda rate: losses[rate])
+        if rates[0] < best < rates[-1]:
+            break
+        rates = [*rates, 2 * best] if best == rates[-1] else [best / 2, *rates]
+    return rates
+
+
+def find_arm_rates(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Return arm -> its best rate, of arms whose best is not at the edge of those tried."""
+    best = dict(FRONTIER_RATES)
+    for arm, losses in collect_tried(results).items():
+        if arm == name_tuned(arm) and set(list_rates(losses)) <= losses.keys():
+            best[arm] = min(losses, key=lambda rate: losses[rate])
+    return best
+
+
+def collect_tried(results: list[dict[str, Any]]) -> dict[str, dict[float, float]]:
+    """Return arm -> rate -> loss of the seed on which rates are chosen."""
+    tried: dict[str, dict[float, float]] = {}
+    for result in results:
+        if result["part"] == "arms" and result["seed"] == ARM_RATE_SEED:
+            tried.setdefault(result["arm"], {})[result["peak_lr"]] = result["loss"]
+    return tried
+
+
+def name_tuned(arm: str) -> str:
+    """Return the arm whose rate an arm takes: a control that of what it controls."""
+    return arm.removesuffix(FRESH).removesuffix(SHUFFLED)
+
+
+def make_arms(rate: float, seed: int) -> list[Run]:
+    """Return all arms at equal FLOPs, and the full size with less."""
+    runs = []
+    for share in (*SHORTER, 1.0):
+        n_steps = count_steps(FULL, "", share * BUDGET, BATCH)
+        stops = [
+            stable_steps(count_steps(FULL, "", each * BUDGET, BATCH))
+            for each in SHORTER
+            if each < share
+        ]
+        arm = f"{FULL.n_layers} layers, {share:g} of the FLOPs"
+        segments = make_plain_segments(n_steps, stops)
+        n_curve = CURVE_STEPS if share == 1 else 0
+        runs.append(Run("arms", arm, FULL, segments, rate, seed, BATCH, n_curve))
+    for depth in range(1, FULL.n_layers):
+        arm = f"{depth} layer{'s' * (depth > 1)}, never grown"
+        small = Shape(depth, FULL.d_model)
+        runs.append(make_plain("arms", arm, small, BUDGET, rate, seed, BATCH))
+    for arm, (small, operator, share) in GROWN.items():
+        segments = make_grown_segments(small, operator, share, BUDGET)
+        segments_of = {arm: segments}
+        if arm in ALSO_FRESH:
+            fresh = make_grown_segments(small, operator, share, BUDGET, "fresh")
+            segments_of[arm + FRESH] = fresh
+        if arm in ALSO_SHUFFLED:
+            base = dataclasses.replace(segments[0], shuffled=True)
+            segments_of[arm + SHUFFLED] = (base, *segments[1:])
+        for name, each in segments_of.items():
+            runs.append(Run("arms", name, small, each, rate, seed, BATCH, CURVE_STEPS))
     return runs
 
 
 def make_grown_segments(
-    small: Shape, operator: str, share: float, moments: str
+    small: Shape, operator: str, share: float, budget: float, moments: str = "reset_new"
 ) -> tuple[Segment, ...]:
-    """Return a run that grows after a share of its tokens and spends BUDGET in all."""
-    small_cost = BUDGET / count_steps(small, "", BUDGET, BATCH)
-    full_cost = BUDGET / count_steps(small, operator, BUDGET, BATCH)
-    n_steps = round(BUDGET / (share * small_cost + (1 - share) * full_cost))
+    """Return a run that grows after a share of its tokens and spends a budget of FLOPs in all."""
+    small_cost = budget / count_steps(small, "", budget, BATCH)
+    full_cost = budget / count_steps(small, operator, budget, BATCH)
+    n_steps = round(budget / (share * small_cost + (1 - share) * full_cost))
     n_before = round(share * n_steps)
     n_decay = min(n_steps - stable_steps(n_steps), n_steps - n_before)
     return (
@@ -270,6 +347,77 @@ def make_plain_segments(n_steps: int, stops: Iterable[int] = ()) -> tuple[Segmen
         segments.append(Segment(stop - done))
         done = stop
     return (*segments, Segment(n_steps - done, decay=True))
+
+
+# ---- a base that exists and is paid for
+
+PRETRAINED = Shape(2, 64)  # its child by "stack" is FULL
+TOKENS_PER_PARAM = (5, 20, 80)  # that the base was trained on, with a decay to 0
+PRETRAINED_RATE = 4e-3  # the frontier's best of the base
+PRETRAINED_SEEDS = (1, 2, 3, 4, 5)
+PRETRAINED_BUDGET = 6e12  # FLOPs after that; FULL from scratch with them is an arm of `arms`
+PRETRAINED_OPERATORS = {
+    "trained on": "",
+    "stack": "stack(g=2)",
+    "identity layers": "insert_identity(every=1)",
+}
+
+
+def plan_pretrained(results: list[dict[str, Any]]) -> list[Run]:
+    """Return a run for each seed, base and operator, from a fresh optimizer with a warm-up."""
+    n_params = growth_runs.transformer.count_params(PRETRAINED.make_spec())
+    base_steps = {
+        ratio: round(ratio * n_params / (BATCH * growth_runs.SEQ_LEN)) for ratio in TOKENS_PER_PARAM
+    }
+    runs = []
+    for seed in PRETRAINED_SEEDS:
+        for ratio, n_base in base_steps.items():
+            stops = [stable_steps(n) for n in base_steps.values() if n < n_base]
+            base = make_plain_segments(n_base, stops)
+            for name, operator in PRETRAINED_OPERATORS.items():
+                n_steps = count_steps(PRETRAINED, operator, PRETRAINED_BUDGET, BATCH)
+                n_stable = stable_steps(n_steps)
+                segments = (
+                    *base,
+                    Segment(n_stable, operator, restart=True),
+                    Segment(n_steps - n_stable, decay=True),
+                )
+                arm = f"base of {ratio} tokens per parameter, {name}"
+                runs.append(
+                    Run("pretrained", arm, PRETRAINED, segments, PRETRAINED_RATE, seed, BATCH)
+                )
+    return runs
+
+
+# ---- a size and a budget to which nothing was fitted
+
+HOLDOUT = Shape(8, 64)
+HOLDOUT_BUDGET = 1.8e13  # FLOPs: there HOLDOUT is the best size, by the frontier
+HOLDOUT_RATE = 4e-3  # the frontier's best of it
+HOLDOUT_SEEDS = (1, 2, 3)
+HOLDOUT_GROWN = {
+    "4 layers, stack at 50 %": (Shape(4, 64), "stack(g=2)"),
+    "4 layers, deepen at 50 %": (Shape(4, 64), "deepen(L=8)"),
+    "4 layers, identity layers at 50 %": (Shape(4, 64), "insert_identity(every=1)"),
+    "1 layer, jump at 50 %": (Shape(1, 64), "deepen(L=8)"),
+    "6 layers, depth up-scaling at 50 %": (Shape(6, 64), "depth_upscale(m=2)"),
+}
+
+
+def plan_holdout(results: list[dict[str, Any]]) -> list[Run]:
+    """Return the full size, smaller ones left alone and grown ones, for three seeds."""
+    runs = []
+    for seed in HOLDOUT_SEEDS:
+        for depth in (8, 4, 2):
+            arm = f"{depth} layers, {'1 of the FLOPs' if depth == 8 else 'never grown'}"
+            shape = Shape(depth, HOLDOUT.d_model)
+            runs.append(
+                make_plain("holdout", arm, shape, HOLDOUT_BUDGET, HOLDOUT_RATE, seed, BATCH)
+            )
+        for arm, (small, operator) in HOLDOUT_GROWN.items():
+            segments = make_grown_segments(small, operator, 0.5, HOLDOUT_BUDGET)
+            runs.append(Run("holdout", arm, small, segments, HOLDOUT_RATE, seed, BATCH))
+    return runs
 
 
 # ---- every operator on one base
@@ -361,6 +509,8 @@ PARTS = {
     "operators": plan_operators,
     "frontier": plan_frontier,
     "arms": plan_arms,
+    "pretrained": plan_pretrained,
+    "holdout": plan_holdout,
     "transfer": plan_transfer,
     "init": plan_init,
 }
@@ -405,9 +555,11 @@ def main() -> None:
     for part in arguments.parts:
         found = growth_runs.read_results(results)
         if part == "tables":
+            found = select_arms(found)
             full = f"{FULL.n_layers} layers, "
             growth_tables.print_tables(found, full, OPERATORS)
             growth_tables.plot_all(found, full, arguments.to)
+            growth_forecast.print_forecast(found, HOLDOUT.n_layers, f"{full}0.5 of the FLOPs")
         else:
             growth_runs.train_all(PARTS[part](found), text, results, arguments.processes)
 

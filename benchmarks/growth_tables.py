@@ -26,6 +26,7 @@ def print_tables(results: Results, full: str, operators: Iterable[str]) -> None:
     print_operators(results, operators)
     print_rates(results, "frontier")
     print_frontier(results)
+    print_rates(results, "arm rates")
     print_paired(results, "arms", f"{full}1 of the FLOPs")
     print_savings(results, full)
     print_rates(results, "transfer")

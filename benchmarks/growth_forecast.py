@@ -1,0 +1,168 @@
+"""What the planner's law of growth forecasts for runs to which it was not fitted.
+
+Stated before these runs were made. Fitted: the scaling law, to what never grew of the frontier and
+of `arms`, without the held-out depth; then one factor for each way to grow, to the arms that grow
+at 50 %. Held out: the arms that grow later, bases of other tokens (`pretrained`), and another size
+at another budget (`holdout`). The rival is what papers report: a share of the tokens saved.
+"""
+
+import statistics
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import growth_runs
+import growth_tables
+from growth_runs import Shape
+
+from jaxpt.model import transformer
+from jaxpt.plan import scaling, transfer
+from jaxpt.plan.scaling import LossPoint, ScalingLaw
+
+Results = growth_tables.Results
+METHODS = ("stack", "deepen", "identity layers", "jump", "depth up-scaling", "widened")
+FITTED_SHARE = "at 50 %"
+
+
+class Sizes(NamedTuple):
+    """Parameters and tokens of a run before and after its growth; no base: 0 of both."""
+
+    base_params: int
+    base_tokens: int
+    n_params: int
+    tokens: int
+
+
+def measure_sizes(run: dict[str, Any]) -> Sizes:
+    """Return the sizes of a result."""
+    before, grown = 0, False
+    for segment in run["segments"]:
+        grown = grown or bool(segment["operator"])
+        before += 0 if grown else segment["n_steps"]
+    if not grown:
+        return Sizes(0, 0, run["n_params"], run["tokens"])
+    base_tokens = before * run["batch_size"] * growth_runs.SEQ_LEN
+    base_params = transformer.count_params(Shape(**run["shape"]).make_spec())
+    return Sizes(base_params, base_tokens, run["n_params"], run["tokens"] - base_tokens)
+
+
+def find_method(arm: str) -> str:
+    """Return the way to grow of an arm; "" if it does not grow, or is a control."""
+    if "shuffled" in arm or "fresh" in arm:
+        return ""
+    return next((method for method in METHODS if method in arm), "")
+
+
+def fit_law(results: Results, held_out_layers: int) -> ScalingLaw:
+    """Return the scaling law of runs that never grew, at the best of their rates."""
+    points = []
+    for (width, depth), cells in growth_tables.find_frontier(results).items():
+        if depth == held_out_layers:
+            continue
+        for budget, (loss, rate) in cells.items():
+            arm = f"{depth} x {width}, {budget}"
+            run = next(r for r in results if r["arm"] == arm and r["peak_lr"] == rate)
+            points.append(LossPoint(run["n_params"], run["tokens"], loss))
+    for run in results:
+        if run["part"] == "arms" and not any(s["operator"] for s in run["segments"]):
+            points.append(LossPoint(run["n_params"], run["tokens"], run["loss"]))
+    return scaling.solve_scaling_law(points, scaling.SCALING_LAWS["chinchilla"])
+
+
+class Fitted(NamedTuple):
+    """What the growth of a base was worth in the fitted arms, seed by seed."""
+
+    factors: list[float]  # times the tokens to the base's loss from scratch
+    shares: list[float]  # of scratch's tokens to the same loss that the child did not need
+
+
+def fit_methods(results: Results, law: ScalingLaw) -> dict[str, Fitted]:
+    """Return way to grow -> what it was worth in the arms that grow at 50 %."""
+    found: dict[str, Fitted] = {}
+    for run in results:
+        method = find_method(run["arm"])
+        if run["part"] == "arms" and method and FITTED_SHARE in run["arm"]:
+            sizes = measure_sizes(run)
+            from_scratch = law.compute_tokens_to_loss(sizes.n_params, run["loss"])
+            worth = transfer.compute_worth(law, *sizes[:3])
+            fitted = found.setdefault(method, Fitted([], []))
+            fitted.factors.append((from_scratch - sizes.tokens) / worth)
+            fitted.shares.append(1 - sizes.tokens / from_scratch)
+    return found
+
+
+def forecast_losses(law: ScalingLaw, run: dict[str, Any], fitted: Fitted | None) -> list[float]:
+    """Return a run's loss by its base's worth and by a share saved; the law's if it never grew."""
+    sizes = measure_sizes(run)
+    if not sizes.base_tokens or fitted is None:
+        return [law.predict_loss(sizes.n_params, sizes.tokens)] * 2
+    worth = transfer.compute_worth(law, *sizes[:3])
+    by_worth = sizes.tokens + statistics.mean(fitted.factors) * worth
+    by_share = sizes.tokens / (1 - statistics.mean(fitted.shares))
+    return [law.predict_loss(sizes.n_params, tokens) for tokens in (by_worth, by_share)]
+
+
+def group_held_out(results: Results, fresh: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Return group -> arm -> runs: what competes, of runs that nothing was fitted to.
+
+    Beside a free base competes `fresh`, the arm that spends as much as comes after the base.
+    """
+    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for run in results:
+        part, arm = run["part"], run["arm"]
+        is_late = part == "arms" and find_method(arm) and FITTED_SHARE not in arm
+        if part in ("pretrained", "holdout") or is_late:
+            group = arm.rpartition(", ")[0] if part == "pretrained" else part
+            groups.setdefault(group, {}).setdefault(arm, []).append(run)
+    for arms in groups.values():
+        if next(iter(arms.values()))[0]["part"] == "pretrained":
+            arms[fresh] = [run for run in results if run["arm"] == fresh]
+    return groups
+
+
+def print_forecast(results: Results, held_out_layers: int, fresh: str) -> None:
+    """Print the fitted factors, each held-out arm with its forecasts, and how good they are."""
+    if not any(run["part"] == "arms" for run in results):
+        return
+    law = fit_law(results, held_out_layers)
+    fitted = fit_methods(results, law)
+    print(f"\n{law}\n\n| grown by | factor | share of tokens saved | seeds |\n|---|---|---|---|")
+    for method, found in fitted.items():
+        texts = [format_interval(each) for each in found]
+        print(f"| {method} | " + " | ".join(texts) + f" | {len(found.factors)} |")
+    groups = group_held_out(results, fresh)
+    for i, name in enumerate(("the base's worth", "a share saved")):
+        n_right, ratios = 0, []
+        print(f"\n| by {name} | loss | forecast | tokens to it | seeds |\n|---|---|---|---|---|")
+        for arms in groups.values():
+            ranks: dict[str, tuple[float, float]] = {}
+            for arm, runs in arms.items():
+                loss = growth_tables.mean_of(runs, "loss")
+                forecast = forecast_losses(law, runs[0], fitted.get(find_method(arm)))[i]
+                ranks[arm] = loss, forecast
+                n_params = runs[0]["n_params"]
+                ratio = law.compute_tokens_to_loss(n_params, forecast)
+                ratio /= law.compute_tokens_to_loss(n_params, loss)
+                ratios.append(max(ratio, 1 / ratio))
+                print(f"| {arm} | {loss:.3f} | {forecast:.3f} | x {ratio:.2f} | {len(runs)} |")
+            best, forecast_best = (min(ranks, key=lambda arm: ranks[arm][j]) for j in range(2))
+            n_right += best == forecast_best
+        if groups:
+            print(
+                f"\nThe lowest loss right in {n_right} of {len(groups)} groups; tokens within "
+                f"{max(ratios):.2f} x, the middle one {statistics.median(ratios):.2f} x."
+            )
+
+
+def format_interval(values: list[float]) -> str:
+    """Return the mean with its 95 % t interval, if there are several."""
+    if len(values) < 2:
+        return "".join(f"{value:.2f}" for value in values)
+    mean, half, _ = growth_runs.paired_interval(values)
+    return f"{mean:.2f} ± {half:.2f}"
+
+
+def list_factors(results: Results, held_out_layers: int) -> Iterable[tuple[str, list[float]]]:
+    """Return (arm, factors of its seeds) of each strategy that the planner knows."""
+    fitted = fit_methods(results, fit_law(results, held_out_layers))
+    for known in transfer.TRANSFERS.values():
+        yield known.arm, fitted[find_method(known.arm)].factors

@@ -1,0 +1,72 @@
+"""Predict what a grown model keeps of its base, by factors fitted to small runs.
+
+The child from scratch reaches its base's loss after some tokens: the base's worth. A grown model is
+as good after D tokens as one from scratch after D + factor x worth, as weights of other text count
+as so much text of one's own (Hernandez et al., 2102.01293). With a factor of 1 the child keeps what
+the base knows and no more: growing saves where the small model's tokens to that loss cost less.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from jaxpt.plan.scaling import ScalingLaw
+
+
+class Transfer(NamedTuple):
+    """The factor of one strategy, with the 95 % interval of its mean over seeds."""
+
+    low: float
+    mean: float
+    high: float
+    arm: str  # of benchmarks/growth.py, to which it was fitted
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The factor as (best case, worst case)."""
+        return self.high, self.low
+
+
+# Growth to 4 layers of width 64 after half of the tokens: 0.25M parameters, bases of 12 to 75
+# tokens per parameter (docs/growth.md)
+TRANSFERS = {
+    "depth up-scaling": Transfer(0.0, 0.0, 0.0, "3 layers, depth up-scaling at 50 %"),
+    "stacking": Transfer(0.0, 0.0, 0.0, "2 layers, stack at 50 %"),
+    "width growth": Transfer(0.0, 0.0, 0.0, "half the width, widened at 50 %"),
+    "late jump from one layer": Transfer(0.0, 0.0, 0.0, "1 layer, jump at 50 %"),
+}
+JUMP_AFTER = 0.5  # of the tokens
+
+
+def compute_worth(law: ScalingLaw, base_params: int, base_tokens: float, n_params: int) -> float:
+    """Return the tokens that n_params need from scratch to the loss of a smaller base."""
+    if not base_tokens:
+        return 0.0
+    return law.compute_tokens_to_loss(n_params, law.predict_loss(base_params, base_tokens))
+
+
+def solve_late_jump(
+    law: ScalingLaw, small_params: int, n_params: int, scratch_tokens: float, factor: float
+) -> float:
+    """Return the tokens of a run that starts small and is as good as scratch_tokens from scratch.
+
+    It grows after JUMP_AFTER of them.
+    """
+    from scipy.optimize import root_scalar
+
+    def surplus(tokens: float) -> float:
+        return count_jump_tokens(law, small_params, n_params, tokens, factor) - scratch_tokens
+
+    if not math.isfinite(scratch_tokens):
+        return math.inf
+    ends = (0.0, scratch_tokens / (1 - JUMP_AFTER))
+    return root_scalar(surplus, bracket=ends).root
+
+
+def count_jump_tokens(
+    law: ScalingLaw, small_params: int, n_params: int, tokens: float, factor: float
+) -> float:
+    """Return the tokens from scratch that a run of `tokens` is worth, JUMP_AFTER of them small."""
+    worth = compute_worth(law, small_params, JUMP_AFTER * tokens, n_params)
+    return (1 - JUMP_AFTER) * tokens + factor * worth
