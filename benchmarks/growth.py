@@ -219,7 +219,7 @@ FRONTIER_RATES = {"1 layer, never grown": 4e-3, "2 layers, never grown": 4e-3}
 def plan_arms(results: list[dict[str, Any]]) -> list[Run]:
     """Return every arm at several rates on one seed; then all arms at their best on the others.
 
-    An arm whose rate is still to be found waits for the next start of the command.
+    An arm whose rate is still to be found has no others yet.
     """
     tried = collect_tried(results)
     to_try = {}
@@ -502,7 +502,7 @@ def plan_init(results: list[dict[str, Any]]) -> list[Run]:
     return runs
 
 
-# what the command trains, by name: the results that are there -> the runs to make
+# what the command trains, by name: the results that are there -> all runs that follow from them
 PARTS = {
     "rates": plan_rates,
     "upcycle": plan_upcycle,
@@ -553,15 +553,15 @@ def main() -> None:
         cut_into_documents(arguments.text, documents)
         text.make()
     for part in arguments.parts:
-        found = growth_runs.read_results(results)
         if part == "tables":
+            found = growth_runs.read_results(results)
             found = select_arms(found)
             full = f"{FULL.n_layers} layers, "
             growth_tables.print_tables(found, full, OPERATORS)
             growth_tables.plot_all(found, full, arguments.to)
             growth_forecast.print_forecast(found, HOLDOUT.n_layers, f"{full}0.5 of the FLOPs")
         else:
-            growth_runs.train_all(PARTS[part](found), text, results, arguments.processes)
+            growth_runs.train_all(PARTS[part], text, results, arguments.processes)
 
 
 if __name__ == "__main__":

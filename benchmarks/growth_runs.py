@@ -401,22 +401,35 @@ def count_without_embedding(spec: ModelSpec) -> int:
 # ---- many runs
 
 
-def train_all(runs: list[Run], text: Text, results: pathlib.Path, n_processes: int) -> None:
-    """Train the runs that have no result yet, those of one trunk in one process."""
-    done = {result["key"] for result in read_results(results)}
-    groups: dict[Any, list[Run]] = {}
-    for run in runs:
-        if run.key not in done:
-            groups.setdefault(run.trunk, []).append(run)
-    print(f"{sum(map(len, groups.values()))} runs to make in {len(groups)} groups", flush=True)
+def train_all(
+    plan: Callable[[list[dict[str, Any]]], list[Run]],
+    text: Text,
+    results: pathlib.Path,
+    n_processes: int,
+) -> None:
+    """Train what a plan lists, given the results that are there, until it lists nothing new.
+
+    The runs of one trunk are made by one process.
+    """
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(
-        n_processes, context, max_tasks_per_child=1
-    ) as pool:
-        tasks = [pool.submit(train_group, group, text, results) for group in groups.values()]
-        for task in concurrent.futures.as_completed(tasks):
-            task.result()
+    while True:
+        found = read_results(results)
+        done = {result["key"] for result in found}
+        groups: dict[Any, list[Run]] = {}
+        for run in plan(found):
+            if run.key not in done:
+                groups.setdefault(run.trunk, []).append(run)
+        if not groups:
+            return
+        n_runs = sum(map(len, groups.values()))
+        print(f"{n_runs} runs to make in {len(groups)} groups", flush=True)
+        with concurrent.futures.ProcessPoolExecutor(
+            n_processes, context, max_tasks_per_child=1
+        ) as pool:
+            tasks = [pool.submit(train_group, group, text, results) for group in groups.values()]
+            for task in concurrent.futures.as_completed(tasks):
+                task.result()
 
 
 def train_group(runs: list[Run], text: Text, results: pathlib.Path) -> None:

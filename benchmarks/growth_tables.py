@@ -28,7 +28,11 @@ def print_tables(results: Results, full: str, operators: Iterable[str]) -> None:
     print_frontier(results)
     print_rates(results, "arm rates")
     print_paired(results, "arms", f"{full}1 of the FLOPs")
+    small = {run["arm"] for run in results if run["part"] == "arms" and "never" in run["arm"]}
+    print_paired(results, "arms", min(small, key=lambda arm: mean_of_arm(results, arm), default=""))
     print_savings(results, full)
+    print_paired(results, "holdout", "8 layers, 1 of the FLOPs")
+    print_pretrained(results, full)
     print_rates(results, "transfer")
     print_rates(results, "init")
 
@@ -171,6 +175,40 @@ def print_savings(results: Results, full: str) -> None:
         print(f"| {arm} | " + " | ".join(texts) + f" | {len(prices)} |")
 
 
+def print_pretrained(results: Results, full: str) -> None:
+    """Print what a base that exists is worth: trained on, grown, and the full size without it."""
+    bases: dict[str, dict[str, dict[int, float]]] = {}
+    fresh: dict[int, float] = {}
+    for run in results:
+        if run["part"] == "pretrained":
+            base, _, name = run["arm"].rpartition(", ")
+            bases.setdefault(base, {}).setdefault(name, {})[run["seed"]] = run["loss"]
+        elif run["part"] == "arms" and run["arm"] == f"{full}0.5 of the FLOPs":
+            fresh[run["seed"]] = run["loss"]
+    if not bases:
+        return
+    names = list(next(iter(bases.values())))
+    heads = [*names, "from scratch", *(f"{name} less {names[0]}" for name in names[1:])]
+    print("\n| | " + " | ".join(heads) + " | seeds |\n|---|" + "---|" * (len(heads) + 1))
+    for base, arms in bases.items():
+        cells = [f"{statistics.mean(losses.values()):.3f}" for losses in arms.values()]
+        cells.append(f"{statistics.mean(fresh.values()):.3f}" if fresh else "")
+        control = arms[names[0]]
+        for name in names[1:]:
+            both = sorted(set(control) & set(arms.get(name, ())))
+            differences = [arms[name][seed] - control[seed] for seed in both]
+            cells.append(format_difference(differences))
+        print(f"| {base} | " + " | ".join(cells) + f" | {len(control)} |")
+
+
+def format_difference(values: list[float]) -> str:
+    """Return the mean in nats with its 95 % t interval, if there are several."""
+    if len(values) < 2:
+        return "".join(f"{value:+.3f}" for value in values)
+    mean, half, _ = growth_runs.paired_interval(values)
+    return f"{mean:+.3f} ± {half:.3f}"
+
+
 def find_price(law: list[tuple[float, float]], loss: float) -> float:
     """Return the FLOPs at which a law of (loss, FLOPs) points has a loss."""
     losses, flops = map(np.array, zip(*sorted(law), strict=True))  # the lowest loss first
@@ -212,6 +250,10 @@ def print_operators(results: Results, operators: Iterable[str]) -> None:
                     f"| `{arm}` | {result['layers']} | {result['n_params'] / 1e3:,.0f} k "
                     f"| {initial_loss:.3f} | {result['loss']:.3f} |"
                 )
+
+
+def mean_of_arm(results: Results, arm: str) -> float:
+    return mean_of([run for run in results if run["arm"] == arm], "loss")
 
 
 def mean_of(results: Iterable[dict[str, Any]], key: str) -> float:

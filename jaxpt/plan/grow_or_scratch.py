@@ -2,7 +2,8 @@
 
 What is published about growing is a range of tokens saved to the same loss. It is stated how far a
 case lies outside of what was published; how the range shrinks there is this planner's assumption.
-One's own runs (`--fit`) replace both law and range.
+Beside it stands what jaxpt's small runs forecast (transfer.py). One's own runs (`--fit`) replace
+the law and both.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxpt import config, flops, io
+from jaxpt.growth.growth import Parent
+from jaxpt.growth.parse import plan_growth
 from jaxpt.model import transformer
-from jaxpt.plan import check, cost, scaling
+from jaxpt.plan import check, cost, scaling, transfer
 from jaxpt.plan.check import Growth, Run
 from jaxpt.plan.cost import TargetPlan, abbreviate_count, format_cents, format_significant
 from jaxpt.plan.scaling import LossPoint, ScalingFit, ScalingLaw
+from jaxpt.plan.transfer import JUMP_AFTER, TRANSFERS
 from jaxpt.spec import ModelSpec, Record, UserError
 from jaxpt.text import format_table, wrap_notes
 from jaxpt.train.records import HeldoutMetrics
@@ -49,7 +53,7 @@ class StrategyCost(Record):
     A None inside a pair means never.
     """
 
-    name: str  # such as "scratch" or "stacking"
+    name: str  # such as "scratch", "stacking" or "stacking (small runs)"
     tokens: tuple[float | None, float | None]
     flops: tuple[float | None, float | None]
     flops_with_base: tuple[float | None, float | None]  # the base's training included
@@ -58,6 +62,7 @@ class StrategyCost(Record):
     saved_with_base_frac: tuple[float | None, float | None] | None
     loss: tuple[float | None, float | None]  # nats per token after the whole token budget
     source: str
+    basis: str  # PUBLISHED, SMALL_RUNS, OWN_RUNS, or LAW: of the scaling law alone
     notes: tuple[str, ...] = ()
     hours: tuple[float | None, float | None] | None = None  # None: no target was planned for
     usd: tuple[float | None, float | None] | None = None  # None: no target, or no price
@@ -78,6 +83,10 @@ class StrategyComparison(Record):
     stack_tokens: float  # of the smaller model before stacking, by G_stack's fit (2405.15319)
     notes: tuple[str, ...]
     verdict: str
+
+
+PUBLISHED, SMALL_RUNS, OWN_RUNS, LAW = "published", "small runs", "own runs", "law"
+OF_SMALL_RUNS = f" ({SMALL_RUNS})"  # behind a strategy's name
 
 
 class PublishedSavings(NamedTuple):
@@ -200,6 +209,7 @@ class Outcome(NamedTuple):
     flops: Range
     loss: Range  # after the whole token budget
     source: str
+    basis: str
     needs_base: bool = True
     notes: tuple[str, ...] = ()
 
@@ -238,10 +248,11 @@ def compare_strategies(
         goal = law.predict_loss(n_params, token_budget)
     savings = measured_savings or {}
     case = Case(child, seq_len, token_budget, goal, law, base, target_plan, savings)
-    outcomes = [estimate_scratch(case), estimate_late_deepening(case)]
+    outcomes = [estimate_scratch(case), *estimate_late_jump(case)]
     if base:
         if base.n_params < n_params:
-            outcomes += [estimate_growth(case, base, known) for known in GROWTH_STRATEGIES]
+            for known in GROWTH_STRATEGIES:
+                outcomes += estimate_growth(case, base, known)
         if base.n_params > n_params:
             outcomes.append(estimate_pruning(case, base))
         outcomes.append(estimate_continuation(case, base))
@@ -270,34 +281,78 @@ def estimate_scratch(case: Case) -> Outcome:
     """Return the cost of training the child from scratch."""
     scratch = PublishedSavings("scratch", (), (0.0, 0.0), case.law.source)
     outcome = estimate_saving(case, scratch, scratch.saved_frac, case.flops_per_token)
-    return outcome._replace(needs_base=False)
+    return outcome._replace(needs_base=False, basis=LAW)
 
 
-def estimate_late_deepening(case: Case) -> Outcome:
-    """Return the cost of all of scratch's tokens, most of them by a model of one layer."""
-    least, most = case.measured_savings.get(LATE_DEEPENING.name, LATE_DEEPENING.saved_frac)
+def estimate_late_jump(case: Case) -> list[Outcome]:
+    """Return the cost of a run most of whose tokens train a model of one layer.
+
+    Published: with all of scratch's tokens. By small runs: with half of its tokens before it grows.
+    """
+    name = LATE_DEEPENING.name
+    measured = case.measured_savings.get(name)
+    least, most = measured or LATE_DEEPENING.saved_frac
     tokens = case.scratch_tokens
     total = case.scratch_flops
     loss = case.predict_loss(case.token_budget)
-    return Outcome(
-        LATE_DEEPENING.name,
+    published = Outcome(
+        name,
         tokens=(tokens, tokens),
         flops=(total * (1 - most), total * (1 - least)),
         loss=(loss, 1.005 * loss),  # within 0.5 % of scratch's
         source=LATE_DEEPENING.source,
+        basis=OWN_RUNS if measured else PUBLISHED,
         needs_base=False,
     )
+    if measured or case.child.n_layers < 2:
+        return [published]
+    small = plan_growth("layers([0])", Parent(case.child)).child
+    small_params = transformer.count_params(small)
+    small_flops = flops.count_flops_per_token(small, case.seq_len)
+    flops_per_token = JUMP_AFTER * small_flops + (1 - JUMP_AFTER) * case.flops_per_token
+    sizes = case.law, small_params, case.n_params
+    tokens, losses = [], []
+    for factor in TRANSFERS[name].ends:
+        tokens.append(transfer.solve_late_jump(*sizes, case.scratch_tokens, factor))
+        worth = transfer.count_jump_tokens(*sizes, case.token_budget, factor)
+        losses.append(case.predict_loss(worth))
+    by_transfer = make_transfer_outcome(name, tokens, losses, flops_per_token)
+    return [published, by_transfer._replace(needs_base=False)]
 
 
-def estimate_growth(case: Case, base: BaseModel, known: PublishedSavings) -> Outcome:
-    """Return the cost of growing the base by one strategy."""
+def estimate_growth(case: Case, base: BaseModel, known: PublishedSavings) -> list[Outcome]:
+    """Return the cost of growing the base by one strategy, as published and by small runs."""
     measured = case.measured_savings.get(known.name)
     if measured:
         known = known._replace(source="the runs of --fit")
-        return estimate_saving(case, known, measured, case.flops_per_token)
+        outcome = estimate_saving(case, known, measured, case.flops_per_token)
+        return [outcome._replace(basis=OWN_RUNS)]
     saved, notes = limit_savings(known, case, base)
     outcome = estimate_saving(case, known, saved, case.flops_per_token)
-    return outcome._replace(notes=notes)
+    worth = transfer.compute_worth(case.law, base.n_params, base.tokens, case.n_params)
+    tokens, losses = [], []
+    for factor in TRANSFERS[known.name].ends:
+        tokens.append(max(case.scratch_tokens - factor * worth, 0.0))
+        losses.append(case.predict_loss(case.token_budget + factor * worth))
+    by_transfer = make_transfer_outcome(known.name, tokens, losses, case.flops_per_token)
+    return [outcome._replace(notes=notes), by_transfer]
+
+
+def make_transfer_outcome(
+    name: str, tokens: Sequence[float], losses: Sequence[float], flops_per_token: float
+) -> Outcome:
+    """Return a strategy's outcome by small runs, each given as (best case, worst case)."""
+    few, many = tokens
+    low_loss, high_loss = losses
+    high, low = TRANSFERS[name].ends
+    return Outcome(
+        name + OF_SMALL_RUNS,
+        tokens=(few, many),
+        flops=(flops_per_token * few, flops_per_token * many),
+        loss=(low_loss, high_loss),
+        source=f"the base counts {low:.2f} to {high:.2f} times the tokens to its loss from scratch",
+        basis=SMALL_RUNS,
+    )
 
 
 def estimate_pruning(case: Case, base: BaseModel) -> Outcome:
@@ -321,6 +376,7 @@ def estimate_continuation(case: Case, base: BaseModel) -> Outcome:
         flops=(continued_flops, continued_flops),
         loss=(loss, loss),
         source=law.source,
+        basis=LAW,
         notes=notes,
     )
 
@@ -342,6 +398,7 @@ def estimate_saving(
         flops=(flops_per_token * few, flops_per_token * many),
         loss=(low_loss, high_loss),
         source=known.source,
+        basis=PUBLISHED,
     )
 
 
@@ -395,6 +452,7 @@ def price_outcome(case: Case, outcome: Outcome) -> StrategyCost:
         saved_with_base_frac=compute_saved_frac(case, with_base),
         loss=replace_infinite(outcome.loss),
         source=outcome.source,
+        basis=outcome.basis,
         notes=outcome.notes,
     )
     plan = case.target_plan
@@ -446,20 +504,29 @@ def compute_stack_tokens(n_params: float, budget_flops: float) -> float:
 
 def format_verdict(strategies: Sequence[StrategyCost]) -> str:
     """Return which strategy needs the fewest FLOPs, with the base for free and paid for."""
-
-    def choose(get_flops: Callable[[StrategyCost], Ends]) -> str:
-        ends = [get_flops(strategy) for strategy in strategies]
-        best_case = find_cheapest(strategies, [best for best, _ in ends])
-        worst_case = find_cheapest(strategies, [worst for _, worst in ends])
-        if best_case == worst_case:
-            return best_case
-        return (
-            f"{worst_case} if little of what is published holds here, {best_case} if all of it does"
-        )
-
-    free = choose(lambda strategy: strategy.flops)
-    paid = choose(lambda strategy: strategy.flops_with_base)
+    free = choose_strategy(strategies, lambda strategy: strategy.flops)
+    paid = choose_strategy(strategies, lambda strategy: strategy.flops_with_base)
     return f"Fewest FLOPs with the base for free: {free}. With the base paid for: {paid}."
+
+
+def choose_strategy(
+    strategies: Sequence[StrategyCost], get_flops: Callable[[StrategyCost], Ends]
+) -> str:
+    """Return the cheapest strategy by what is published, and by small runs where they differ."""
+
+    def choose(other_basis: str) -> tuple[str, str]:
+        known = [strategy for strategy in strategies if strategy.basis != other_basis]
+        ends = [get_flops(strategy) for strategy in known]
+        best_case = find_cheapest(known, [best for best, _ in ends])
+        worst_case = find_cheapest(known, [worst for _, worst in ends])
+        return worst_case, best_case
+
+    worst_case, best_case = choose(SMALL_RUNS)
+    answer = worst_case
+    if best_case != worst_case:
+        answer += f" if little of what is published holds here, {best_case} if all of it does"
+    by_runs = " or ".join(dict.fromkeys(choose(PUBLISHED))).replace(OF_SMALL_RUNS, "")
+    return answer if by_runs == answer else f"{answer}; by small runs, {by_runs}"
 
 
 def find_cheapest(strategies: Sequence[StrategyCost], costs: list[float | None]) -> str:
@@ -497,6 +564,11 @@ def describe_comparison_basis(case: Case, scaling_fit: ScalingFit | None) -> lis
         if extrapolation:
             far = " and ".join(extrapolation)
             notes.append(f"It is extrapolated for continuing the base: {far}.")
+    if TRANSFERS.keys() - case.measured_savings.keys():
+        notes.append(
+            "Small runs: factors fitted to models of 0.25M parameters, see docs/growth.md; "
+            "the law is what carries them to this size."
+        )
     measured = ", ".join(sorted(case.measured_savings))
     exception = f", but for {measured}" if measured else ""
     notes.append(
