@@ -29,7 +29,17 @@ from jaxpt.config import (
 )
 from jaxpt.config import PlanConfig as PlanSection
 from jaxpt.model import transformer
-from jaxpt.plan import answer, check, compile, cost, grow_or_scratch, roofline, scaling, search
+from jaxpt.plan import (
+    answer,
+    check,
+    compile,
+    cost,
+    grow_or_scratch,
+    roofline,
+    scaling,
+    search,
+    transfer,
+)
 from jaxpt.plan.answer import TrainingPlan
 from jaxpt.plan.scaling import ScalingLaw
 from jaxpt.report.page import write_report
@@ -1376,6 +1386,52 @@ def test_scratch_is_the_measure_and_a_free_base_is_counted_in_one_column_only():
         stacked.saved_frac == pytest.approx([0.22, 0.546])
         and stacked.saved_with_base_frac[1] < stacked.saved_frac[1]
     )
+
+
+@pytest.fixture
+def factors(monkeypatch):
+    """Made up, the same in every strategy."""
+    made_up = {
+        name: known._replace(low=0.75, high=1.25) for name, known in transfer.TRANSFERS.items()
+    }
+    monkeypatch.setattr(grow_or_scratch, "TRANSFERS", made_up)
+
+
+def test_small_runs_forecast_what_a_bases_loss_is_worth_from_scratch(factors):
+    base = grow_or_scratch.BaseModel(with_layers(16), 8e10, None)
+    found = grow_or_scratch.compare_strategies(LLAMA3_8B, 4096, 1.6e11, base=base)
+    n = transformer.count_params(LLAMA3_8B)
+    base_loss = CHINCHILLA.predict_loss(base.n_params, base.tokens)
+    worth = transfer.compute_worth(CHINCHILLA, base.n_params, base.tokens, n)
+    assert CHINCHILLA.predict_loss(n, worth) == pytest.approx(base_loss)
+    assert worth < 8e10  # more parameters learn faster
+    for name in ("depth up-scaling", "stacking", "width growth"):
+        grown = by_name(found)[f"{name} (small runs)"]
+        assert grown.tokens == pytest.approx([1.6e11 - 1.25 * worth, 1.6e11 - 0.75 * worth])
+        assert grown.loss[1] == pytest.approx(CHINCHILLA.predict_loss(n, 1.6e11 + 0.75 * worth))
+    assert "by small runs, " in found.verdict
+
+
+def test_a_late_jump_by_small_runs_is_as_good_as_scratch_after_its_tokens(factors):
+    found = by_name(grow_or_scratch.compare_strategies(LLAMA3_8B, 4096, 1.6e11))
+    jump = found["late jump from one layer (small runs)"]
+    one = transformer.count_params(with_layers(1))
+    n = transformer.count_params(LLAMA3_8B)
+    for tokens, factor in zip(jump.tokens, (1.25, 0.75), strict=True):
+        worth = transfer.compute_worth(CHINCHILLA, one, 0.5 * tokens, n)
+        assert 0.5 * tokens + factor * worth == pytest.approx(1.6e11)
+    per_token = [flops.count_flops_per_token(with_layers(layers), 4096) for layers in (1, 32)]
+    assert jump.flops[0] == pytest.approx(jump.tokens[0] * sum(per_token) / 2)
+    assert jump.flops == jump.flops_with_base  # its base is of the run itself
+
+
+def test_a_base_below_the_target_is_continued_and_not_grown(factors):
+    base = grow_or_scratch.BaseModel(with_layers(30), 3e13, 0.0)
+    found = grow_or_scratch.compare_strategies(LLAMA3_8B, 4096, 1.6e11, base=base)
+    assert by_name(found)["stacking (small runs)"].tokens == (0, 0)
+    assert "base for free: continuing the base." in found.verdict
+    never = grow_or_scratch.compare_strategies(LLAMA3_8B, 4096, 1.6e11, target_loss=1.7)
+    assert by_name(never)["late jump from one layer (small runs)"].tokens == (None, None)
 
 
 def test_growth_beyond_what_is_published_promises_less():

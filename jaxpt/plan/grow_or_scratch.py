@@ -248,14 +248,16 @@ def compare_strategies(
         goal = law.predict_loss(n_params, token_budget)
     savings = measured_savings or {}
     case = Case(child, seq_len, token_budget, goal, law, base, target_plan, savings)
-    outcomes = [estimate_scratch(case), *estimate_late_jump(case)]
+    outcomes = [estimate_scratch(case)]
+    if base:
+        outcomes.append(estimate_continuation(case, base))
+    outcomes += estimate_late_jump(case)
     if base:
         if base.n_params < n_params:
             for known in GROWTH_STRATEGIES:
                 outcomes += estimate_growth(case, base, known)
         if base.n_params > n_params:
             outcomes.append(estimate_pruning(case, base))
-        outcomes.append(estimate_continuation(case, base))
     strategies = tuple(price_outcome(case, outcome) for outcome in outcomes)
     return StrategyComparison(
         n_params=n_params,
