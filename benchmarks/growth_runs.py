@@ -5,8 +5,8 @@ its learning rate falls to 0. The rate is constant before that (warm-up, stable,
 runs that begin alike share the state up to where they part: a trunk is trained once for a seed and
 a rate, and every length and every growth is a branch of it.
 
-Every process is of one thread: small products gain little from a second one, and as many runs as
-there are cores go on at once. A finished run is a file; a start passes over what is there.
+Every process has one core: small matmuls gain little from a second one, and as many runs as there
+are cores go on at once. A finished run is a line of the results, and is not trained again.
 """
 
 from __future__ import annotations
@@ -413,6 +413,10 @@ def train_all(
     """
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     context = multiprocessing.get_context("spawn")
+    usable = sorted(os.sched_getaffinity(0))
+    cores = context.SimpleQueue()
+    for i in range(n_processes):
+        cores.put(usable[i % len(usable)])
     while True:
         found = read_results(results)
         done = {result["key"] for result in found}
@@ -425,14 +429,30 @@ def train_all(
         n_runs = sum(map(len, groups.values()))
         print(f"{n_runs} runs to make in {len(groups)} groups", flush=True)
         with concurrent.futures.ProcessPoolExecutor(
-            n_processes, context, max_tasks_per_child=1
+            n_processes, context, keep_cores, (cores,), max_tasks_per_child=1
         ) as pool:
             tasks = [pool.submit(train_group, group, text, results) for group in groups.values()]
             for task in concurrent.futures.as_completed(tasks):
                 task.result()
 
 
+def keep_cores(cores: Any) -> None:
+    """Keep the queue of free cores, in a worker."""
+    global free_cores
+    free_cores = cores
+
+
 def train_group(runs: list[Run], text: Text, results: pathlib.Path) -> None:
+    """Train runs of one trunk on one core, and append each one's result when it is there."""
+    core = free_cores.get()
+    os.sched_setaffinity(0, {core})  # before JAX starts its threads
+    try:
+        train_runs(runs, text, results)
+    finally:
+        free_cores.put(core)
+
+
+def train_runs(runs: list[Run], text: Text, results: pathlib.Path) -> None:
     """Train runs of one trunk, and append each one's result when it is there."""
     trainer = Trainer(text)
     for number, run in enumerate(runs):
