@@ -239,17 +239,25 @@ def plan_arms(results: list[dict[str, Any]]) -> list[Run]:
 
 
 def select_arms(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return results for tables: those of the seed that chose the rates as a part of their own."""
+    """Return results for tables: of every arm the seeds at its best rate, and the rates apart.
+
+    Until every arm has another seed, tables are of the one that chooses rates.
+    """
     best = find_arm_rates(results)
-    chosen = []
+    tried = collect_tried(results)
+    others, compared, of_rates = [], [], []
     for result in results:
+        arm, rate = result["arm"], result["peak_lr"]
         if result["part"] != "arms":
-            chosen.append(result)
+            others.append(result)
         elif result["seed"] == ARM_RATE_SEED:
-            chosen.append({**result, "part": "arm rates"})
-        elif best.get(name_tuned(result["arm"])) == result["peak_lr"]:
-            chosen.append(result)
-    return chosen
+            others.append({**result, "part": "arm rates"})
+            if rate == min(tried[arm], key=lambda each: tried[arm][each]):
+                of_rates.append(result)
+        elif best.get(name_tuned(arm)) == rate:
+            compared.append(result)
+    is_whole = {run["arm"] for run in compared} >= {run["arm"] for run in of_rates}
+    return [*others, *(compared if is_whole else of_rates)]
 
 
 def list_rates(losses: dict[float, float]) -> list[float]:

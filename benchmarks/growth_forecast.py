@@ -7,7 +7,6 @@ at another budget (`holdout`). The rival is what papers report: a share of the t
 """
 
 import statistics
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import growth_runs
@@ -127,7 +126,7 @@ def print_forecast(results: Results, held_out_layers: int, fresh: str) -> None:
     fitted = fit_methods(results, law)
     print(f"\n{law}\n\n| grown by | factor | share of tokens saved | seeds |\n|---|---|---|---|")
     for method, found in fitted.items():
-        texts = [format_interval(each) for each in found]
+        texts = [growth_tables.format_interval(each) for each in found]
         print(f"| {method} | " + " | ".join(texts) + f" | {len(found.factors)} |")
     groups = group_held_out(results, fresh)
     for i, name in enumerate(("the base's worth", "a share saved")):
@@ -153,16 +152,14 @@ def print_forecast(results: Results, held_out_layers: int, fresh: str) -> None:
             )
 
 
-def format_interval(values: list[float]) -> str:
-    """Return the mean with its 95 % t interval, if there are several."""
-    if len(values) < 2:
-        return "".join(f"{value:.2f}" for value in values)
-    mean, half, _ = growth_runs.paired_interval(values)
-    return f"{mean:.2f} ± {half:.2f}"
-
-
-def list_factors(results: Results, held_out_layers: int) -> Iterable[tuple[str, list[float]]]:
-    """Return (arm, factors of its seeds) of each strategy that the planner knows."""
+def find_transfer_ends(results: Results, held_out_layers: int) -> dict[str, tuple[float, float]]:
+    """Return strategy of the planner -> the ends of its factor, as transfer.py has them."""
     fitted = fit_methods(results, fit_law(results, held_out_layers))
-    for known in transfer.TRANSFERS.values():
-        yield known.arm, fitted[find_method(known.arm)].factors
+    ends = {}
+    for name, known in transfer.TRANSFERS.items():
+        factors = fitted[find_method(known.arm)].factors
+        mean, half = factors[0], 0.0
+        if len(factors) > 1:
+            mean, half, _ = growth_runs.paired_interval(factors)
+        ends[name] = mean - half, mean + half
+    return ends

@@ -157,7 +157,7 @@ def print_savings(results: Results, full: str) -> None:
     if not laws:
         return
     print(
-        "\n| arm | the full size pays, of the arm's FLOPs | saved, the base counted "
+        "\n| arm | the full size pays, times the arm's FLOPs | saved, the base counted "
         "| saved, the base free | seeds |\n|---|---|---|---|---|"
     )
     for arm, runs in arms.items():
@@ -171,7 +171,11 @@ def print_savings(results: Results, full: str) -> None:
                 free.append(1 - (run["flops"] - count_base_flops(run)) / price)
         counted = [1 - 1 / price for price in prices]
         has_base = any(segment["operator"] for segment in next(iter(runs.values()))["segments"])
-        texts = [format_mean(prices), format_mean(counted), format_mean(free) if has_base else ""]
+        texts = [
+            format_interval(prices),
+            format_mean(counted),
+            format_mean(free) if has_base else "",
+        ]
         print(f"| {arm} | " + " | ".join(texts) + f" | {len(prices)} |")
 
 
@@ -226,6 +230,14 @@ def count_base_flops(run: dict[str, Any]) -> float:
             break
         steps += segment["n_steps"]
     return count_flops_at(run, steps)
+
+
+def format_interval(values: list[float]) -> str:
+    """Return the mean with its 95 % t interval, if there are several."""
+    if len(values) < 2:
+        return "".join(f"{value:.2f}" for value in values)
+    mean, half, _ = growth_runs.paired_interval(values)
+    return f"{mean:.2f} ± {half:.2f}"
 
 
 def format_mean(values: list[float]) -> str:
