@@ -95,7 +95,8 @@ def forecast_losses(law: ScalingLaw, run: dict[str, Any], fitted: Fitted | None)
     if not sizes.base_tokens or fitted is None:
         return [law.predict_loss(sizes.n_params, sizes.tokens)] * 2
     worth = transfer.compute_worth(law, *sizes[:3])
-    by_worth = sizes.tokens + statistics.mean(fitted.factors) * worth
+    factor = statistics.mean(fitted.factors)
+    by_worth = transfer.count_effective_tokens(sizes.tokens, worth, factor)
     by_share = sizes.tokens / (1 - statistics.mean(fitted.shares))
     return [law.predict_loss(sizes.n_params, tokens) for tokens in (by_worth, by_share)]
 

@@ -1425,6 +1425,18 @@ def test_small_runs_forecast_what_a_bases_loss_is_worth_from_scratch(factors):
     assert "by small runs, " in found.verdict
 
 
+@pytest.mark.parametrize("factor", [0.6, 1.0, 1.7])
+def test_an_untrained_child_is_at_best_its_base_and_tokens_count_there_and_back(factor):
+    worth = 70.0
+    assert transfer.count_effective_tokens(0, worth, factor) == min(factor, 1) * worth
+    assert transfer.count_effective_tokens(500, worth, factor) == 500 + factor * worth
+    for tokens in (11.0, 69.0, 71.0, 500.0):
+        effective = transfer.count_effective_tokens(tokens, worth, factor)
+        again = transfer.count_tokens_after_growth(effective, worth, factor)
+        assert again == pytest.approx(tokens)
+    assert transfer.count_tokens_after_growth(0.5 * worth, worth, factor) == 0
+
+
 def test_a_late_jump_by_small_runs_is_as_good_as_scratch_after_its_tokens(factors):
     found = by_name(grow_or_scratch.compare_strategies(LLAMA3_8B, 4096, 1.6e11))
     jump = found["late jump from one layer (small runs)"]

@@ -341,8 +341,9 @@ def estimate_growth(case: Case, base: BaseModel, known: PublishedSavings) -> lis
     worth = transfer.compute_worth(case.law, base.n_params, base.tokens, case.n_params)
     tokens, losses = [], []
     for factor in (best, worst):
-        tokens.append(max(case.scratch_tokens - factor * worth, 0.0))
-        losses.append(case.predict_loss(case.token_budget + factor * worth))
+        tokens.append(transfer.count_tokens_after_growth(case.scratch_tokens, worth, factor))
+        effective = transfer.count_effective_tokens(case.token_budget, worth, factor)
+        losses.append(case.predict_loss(effective))
     by_transfer = make_transfer_outcome(known.name, tokens, losses, case.flops_per_token)
     return [outcome._replace(notes=notes), by_transfer._replace(notes=far)]
 
@@ -353,7 +354,8 @@ def make_transfer_outcome(
     """Return a strategy's outcome by small runs, each given as (best case, worst case)."""
     few, many = tokens
     low_loss, high_loss = losses
-    factors = format_ends(TRANSFERS[name].ends[::-1], "{:.2f}".format)
+    high, low = TRANSFERS[name].ends
+    factors = format_ends((low, high), "{:.2f}".format)
     return Outcome(
         name + OF_SMALL_RUNS,
         tokens=(few, many),

@@ -4,6 +4,8 @@ The child from scratch reaches its base's loss after some tokens: the base's wor
 as good after D tokens as one from scratch after D + factor x worth, as weights of other text count
 as so much text of one's own (Hernandez et al., 2102.01293). With a factor of 1 the child keeps what
 the base knows and no more: growing saves where the small model's tokens to that loss cost less.
+What a factor adds beyond 1 comes with training: in proportion, until D is the worth (an assumption;
+in the runs it was fitted to, D was more).
 """
 
 from __future__ import annotations
@@ -45,6 +47,19 @@ def compute_worth(law: ScalingLaw, base_params: int, base_tokens: float, n_param
     return law.compute_tokens_to_loss(n_params, law.predict_loss(base_params, base_tokens))
 
 
+def count_effective_tokens(tokens: float, worth: float, factor: float) -> float:
+    """Return the tokens from scratch after which a model is as good as a grown one after tokens."""
+    return tokens + min(factor, 1.0) * worth + max(factor - 1, 0.0) * min(tokens, worth)
+
+
+def count_tokens_after_growth(scratch_tokens: float, worth: float, factor: float) -> float:
+    """Return the tokens after growth that are as good as scratch_tokens; 0 if the base is."""
+    if factor <= 1:
+        return max(scratch_tokens - factor * worth, 0.0)
+    tokens = max(scratch_tokens - worth, 0.0) / factor
+    return tokens if tokens < worth else scratch_tokens - factor * worth
+
+
 def solve_late_jump(
     law: ScalingLaw, small_params: int, n_params: int, scratch_tokens: float, factor: float
 ) -> float:
@@ -68,4 +83,4 @@ def count_jump_tokens(
 ) -> float:
     """Return the tokens from scratch that a run of `tokens` is worth, JUMP_AFTER of them small."""
     worth = compute_worth(law, small_params, JUMP_AFTER * tokens, n_params)
-    return (1 - JUMP_AFTER) * tokens + factor * worth
+    return count_effective_tokens((1 - JUMP_AFTER) * tokens, worth, factor)
