@@ -368,9 +368,11 @@ def make_transfer_outcome(
 
 def estimate_pruning(case: Case, base: BaseModel) -> Outcome:
     """Return the cost of pruning the base, which then answers every token (distillation)."""
-    saved = case.measured_savings.get(PRUNING.name, PRUNING.saved_frac)
+    measured = case.measured_savings.get(PRUNING.name)
     teacher = flops.count_forward_flops_per_token(base.spec, case.seq_len)
-    return estimate_saving(case, PRUNING, saved, case.flops_per_token + teacher)
+    saved = measured or PRUNING.saved_frac
+    outcome = estimate_saving(case, PRUNING, saved, case.flops_per_token + teacher)
+    return outcome._replace(basis=OWN_RUNS if measured else PUBLISHED)
 
 
 def estimate_continuation(case: Case, base: BaseModel) -> Outcome:

@@ -191,7 +191,7 @@ def make_comparison_table(comparison: Comparison) -> Table:
         rows.append(row)
     caption = (
         f"Strategies to reach {comparison.target_loss:.3f} nats per token. Shares of FLOPs saved "
-        "against scratch, from published ranges unless runs were fitted. " + comparison.verdict
+        "against scratch, from published ranges or, where named, from runs. " + comparison.verdict
     )
     heads = ["strategy", "tokens", "saved", "saved, base paid", "hours", "USD"]
     return Table(heads, rows, caption)
