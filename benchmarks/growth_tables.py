@@ -224,12 +224,7 @@ def find_price(law: list[tuple[float, float]], loss: float) -> float:
 
 def count_base_flops(run: dict[str, Any]) -> float:
     """Return the FLOPs of a run before its first growth."""
-    steps = 0
-    for segment in run["segments"]:
-        if segment["operator"]:
-            break
-        steps += segment["n_steps"]
-    return count_flops_at(run, steps)
+    return count_flops_at(run, count_steps_before(run))
 
 
 def format_interval(values: list[float]) -> str:
@@ -312,22 +307,64 @@ def plot_frontier(results: Results, full: str, ax: Any) -> bool:
 
 
 def plot_trajectory(results: Results, full: str, ax: Any) -> bool:
-    """Draw the mean loss of grown arms and of the full size over FLOPs; return whether any."""
-    arms: dict[str, list[dict[str, Any]]] = {}
+    """Draw how far grown arms are from the full size after as many FLOPs; return whether any.
+
+    Over the tokens since the growth, means over seeds: a line while neither rate decays, a dot for
+    the end of both decays.
+    """
+    fulls: dict[int, dict[str, Any]] = {}
+    grown: dict[str, list[dict[str, Any]]] = {}
     for result in results:
-        if result["part"] == "arms" and result["curve"]:
-            arms.setdefault(result["arm"], []).append(result)
-    if not arms:
-        return False
-    for arm, runs in arms.items():
-        curves = [run["curve"] for run in runs]
-        steps = [step for step, _ in curves[0]]
-        losses = np.mean([[loss for _, loss in curve] for curve in curves], axis=0)
-        flops = [count_flops_at(runs[0], step) for step in steps]
-        ax.plot(flops, losses, "k-" if arm.startswith(full) else "-", label=arm, linewidth=1)
-    ax.set(xlabel="FLOPs, the base's included", ylabel="held-out loss, nats per token")
+        if result["part"] == "arms" and result["arm"] == f"{full}1 of the FLOPs":
+            fulls[result["seed"]] = result
+        elif result["part"] == "arms" and result["curve"] and "shuffled" not in result["arm"]:
+            grown.setdefault(result["arm"], []).append(result)
+    for arm, runs in grown.items():
+        paired = [run for run in runs if run["seed"] in fulls]
+        if paired:
+            steps, differences = zip(
+                *[compare_curves(run, fulls[run["seed"]]) for run in paired], strict=True
+            )
+            tokens = [
+                step * paired[0]["batch_size"] * growth_runs.SEQ_LEN / 1e6 for step in steps[0]
+            ]
+            means = np.mean(differences, axis=0)
+            (line,) = ax.plot(tokens[:-1], means[:-1], "-", label=arm, linewidth=1)
+            ax.plot(tokens[-1:], means[-1:], "o", color=line.get_color(), markersize=4)
+    ax.axhline(0, color="black", linewidth=1)
+    ax.set(xlabel="tokens since the growth, millions", ylabel="nats above the full size")
     ax.legend(fontsize=6)
-    return True
+    return bool(fulls and grown)
+
+
+def compare_curves(run: dict[str, Any], full: dict[str, Any]) -> tuple[list[int], list[float]]:
+    """Return steps since the growth, and nats above the full size after as many FLOPs.
+
+    Of the phases where neither rate decays, and last of the end.
+    """
+    before = count_steps_before(run)
+    steps, losses = zip(*full["curve"], strict=True)
+    flops = [count_flops_at(full, step) for step in steps]
+    full_decay = count_flops_at(full, sum(s["n_steps"] for s in full["segments"] if not s["decay"]))
+    own_decay = sum(segment["n_steps"] for segment in run["segments"] if not segment["decay"])
+    since, differences = [], []
+    for step, loss in run["curve"]:
+        at = count_flops_at(run, step)
+        if before < step <= own_decay and flops[0] <= at <= full_decay:
+            since.append(step - before)
+            differences.append(loss - float(np.interp(at, flops, losses)))
+    n_steps = sum(segment["n_steps"] for segment in run["segments"])
+    return [*since, n_steps - before], [*differences, run["loss"] - full["loss"]]
+
+
+def count_steps_before(run: dict[str, Any]) -> int:
+    """Return the steps of a run before its first growth."""
+    steps = 0
+    for segment in run["segments"]:
+        if segment["operator"]:
+            break
+        steps += segment["n_steps"]
+    return steps
 
 
 def count_flops_at(run: dict[str, Any], step: int) -> float:
