@@ -213,6 +213,7 @@ ALSO_SHUFFLED = ("2 layers, stack at 50 %",)  # a base that learns nothing of or
 
 
 FRESH, SHUFFLED = ", fresh moments", ", its base on shuffled tokens"
+# of the frontier, whose best of both is not at the edge
 FRONTIER_RATES = {"1 layer, never grown": 4e-3, "2 layers, never grown": 4e-3}
 
 

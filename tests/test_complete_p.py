@@ -146,7 +146,7 @@ def test_a_norm_that_writes_into_the_residual_holds_the_multiplier():
     assert blocks["down"].lr_ratio == pytest.approx(1 / WIDTH)
 
 
-# ---- the coordinate check (benchmarks/growth.py coordinates: widths 64-512, depths 4-32)
+# ---- the coordinate check (benchmarks/coordinates.py: widths 64-512, depths 4-32)
 
 
 def measure_change(shape, base, name):

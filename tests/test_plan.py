@@ -1397,19 +1397,6 @@ def factors(monkeypatch):
     monkeypatch.setattr(grow_or_scratch, "TRANSFERS", made_up)
 
 
-def test_factors_of_small_runs_are_those_of_the_committed_results():
-    pytest.importorskip("matplotlib", reason="the experiment draws plots")
-    import growth
-    import growth_forecast
-    import growth_runs
-
-    results = growth_runs.read_results(ROOT / "benchmarks/growth_results/results.jsonl")
-    chosen = growth.select_arms(results)
-    ends = growth_forecast.find_transfer_ends(chosen, growth.HOLDOUT.n_layers)
-    for name, known in transfer.TRANSFERS.items():
-        assert (known.low, known.high) == pytest.approx(ends[name], abs=0.006), name
-
-
 def test_small_runs_forecast_what_a_bases_loss_is_worth_from_scratch(factors):
     base = grow_or_scratch.BaseModel(with_layers(16), 8e10, None)
     found = grow_or_scratch.compare_strategies(LLAMA3_8B, 4096, 1.6e11, base=base)

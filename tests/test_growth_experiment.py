@@ -1,0 +1,91 @@
+"""Laws of the growth experiment (benchmarks/growth.py): rates, equal FLOPs, and what is fitted."""
+
+import pytest
+from conftest import ROOT
+
+from jaxpt.plan import scaling, transfer
+
+pytest.importorskip("matplotlib", reason="the experiment draws plots")
+import growth
+import growth_forecast
+import growth_runs
+import growth_tables
+
+LAW = scaling.ScalingLaw(2.0, 60.0, 0.34, 30_000.0, 0.75, "made up", (1e5, 1e6), 1e8)
+
+
+def test_rates_are_tried_until_the_best_is_not_at_the_edge():
+    assert growth.list_rates({}) == [0.004, 0.008]
+    assert growth.list_rates({0.004: 3.3, 0.008: 3.2}) == [0.004, 0.008, 0.016]
+    assert growth.list_rates({0.004: 3.2, 0.008: 3.3}) == [0.002, 0.004, 0.008]
+    whole = {0.004: 3.3, 0.008: 3.2, 0.016: 3.4}
+    assert growth.list_rates(whole) == [0.004, 0.008, 0.016]
+    assert growth.list_rates({**whole, 0.016: 3.1})[-1] == 0.032
+
+
+def test_a_seed_that_chose_rates_compares_no_arms():
+    runs = growth.plan_arms([])
+    assert {run.seed for run in runs if run.arm == "1 layer, never grown"} == {1, 2, 3, 4, 5}
+    assert {run.seed for run in runs if "stack" in run.arm} == {0}
+    done = [
+        make_result(run, loss=3.0 + abs(rate - 0.008))
+        for rate in (0.004, 0.008, 0.016)
+        for run in growth.make_arms(rate, 0)
+    ]
+    planned = [run for run in growth.plan_arms(done) if run.seed > 0]
+    assert {run.peak_lr for run in planned if run.arm not in growth.FRONTIER_RATES} == {0.008}
+    assert len(planned) == 5 * len(growth.make_arms(0.008, 0))
+    compared = [*done, *map(make_result, planned)]
+    tables = [run for run in growth.select_arms(compared) if run["part"] == "arms"]
+    assert {run["seed"] for run in tables} == {1, 2, 3, 4, 5} and len(tables) == len(planned)
+
+
+@pytest.mark.parametrize("run", growth.make_arms(0.004, 0), ids=lambda run: run.arm)
+def test_arms_spend_the_same_flops(run):
+    share = float(run.arm.split(", ")[1].split()[0]) if "of the FLOPs" in run.arm else 1.0
+    spent = make_result(run)["flops"]
+    step = growth_runs.flops_per_step(growth.FULL.make_spec(), growth.BATCH)
+    assert abs(spent - share * growth.BUDGET) < step
+
+
+def test_a_fit_finds_the_law_and_the_factor_that_made_the_results():
+    results = []
+    for run in (*growth.plan_frontier([]), *growth.make_arms(0.004, 1)):
+        result = make_result(run)
+        sizes = growth_forecast.measure_sizes(result)
+        tokens = sizes.tokens
+        if sizes.base_tokens:
+            worth = transfer.compute_worth(LAW, *sizes[:3])
+            tokens = transfer.count_effective_tokens(tokens, worth, 1.3)
+        results.append({**result, "loss": LAW.predict_loss(sizes.n_params, tokens)})
+    law = growth_forecast.fit_law(results, growth.HOLDOUT.n_layers)
+    assert law.predict_loss(3e5, 5e6) == pytest.approx(LAW.predict_loss(3e5, 5e6), rel=1e-3)
+    fitted = growth_forecast.fit_methods(results, law)
+    assert fitted.keys() == set(growth_forecast.METHODS)
+    for found in fitted.values():
+        assert found.factors == pytest.approx([1.3] * len(found.factors), rel=0.02)
+
+
+def test_the_planners_factors_are_those_of_the_committed_results():
+    results = growth_runs.read_results(ROOT / "benchmarks/growth_results/results.jsonl")
+    chosen = growth.select_arms(results)
+    ends = growth_forecast.find_transfer_ends(chosen, growth.HOLDOUT.n_layers)
+    for name, known in transfer.TRANSFERS.items():
+        assert (known.low, known.high) == pytest.approx(ends[name], abs=0.006), name
+
+
+def make_result(run: growth_runs.Run, loss: float = 3.0) -> dict:
+    """Return a run's result as it would stand in the file, without training."""
+    spec = run.shape.make_spec()
+    n_steps = sum(segment.n_steps for segment in run.segments)
+    for segment in run.segments:
+        if segment.operator:
+            parent = growth_runs.Parent(spec)
+            spec = growth_runs.plan_growth(segment.operator, parent).child
+    result = {
+        **growth_runs.dataclasses.asdict(run),
+        "n_params": growth_runs.transformer.count_params(spec),
+        "tokens": n_steps * run.batch_size * growth_runs.SEQ_LEN,
+        "loss": loss,
+    }
+    return {**result, "flops": growth_tables.count_flops_at(result, n_steps)}
