@@ -1,7 +1,7 @@
 """What the planner's law of growth forecasts for runs to which it was not fitted.
 
 Stated before these runs were made. Fitted: the scaling law, to what never grew of the frontier and
-of `arms`, without the held-out depth; then one factor for each way to grow, to the arms that grow
+of `arms`, without the held-out depth; then one factor for each strategy, to the arms that grow
 at 50 %. Held out: the arms that grow later, bases of other tokens (`pretrained`), and another size
 at another budget (`holdout`). The rival is what papers report: a share of the tokens saved.
 """
@@ -45,7 +45,7 @@ def measure_sizes(run: dict[str, Any]) -> Sizes:
 
 
 def find_method(arm: str) -> str:
-    """Return the way to grow of an arm; "" if it does not grow, or is a control."""
+    """Return the strategy of an arm; "" if it does not grow, or is a control."""
     if "shuffled" in arm or "fresh" in arm:
         return ""
     return next((method for method in METHODS if method in arm), "")
@@ -71,11 +71,11 @@ class Fitted(NamedTuple):
     """What the growth of a base was worth in the fitted arms, seed by seed."""
 
     factors: list[float]  # times the tokens to the base's loss from scratch
-    shares: list[float]  # of scratch's tokens to the same loss that the child did not need
+    saved: list[float]  # of scratch's tokens to the same loss that the child did not need
 
 
 def fit_methods(results: Results, law: ScalingLaw) -> dict[str, Fitted]:
-    """Return way to grow -> what it was worth in the arms that grow at 50 %."""
+    """Return strategy -> what it was worth in the arms that grow at 50 %."""
     found: dict[str, Fitted] = {}
     for run in results:
         method = find_method(run["arm"])
@@ -85,7 +85,7 @@ def fit_methods(results: Results, law: ScalingLaw) -> dict[str, Fitted]:
             worth = transfer.compute_worth(law, *sizes[:3])
             fitted = found.setdefault(method, Fitted([], []))
             fitted.factors.append((from_scratch - sizes.tokens) / worth)
-            fitted.shares.append(1 - sizes.tokens / from_scratch)
+            fitted.saved.append(1 - sizes.tokens / from_scratch)
     return found
 
 
@@ -97,7 +97,7 @@ def forecast_losses(law: ScalingLaw, run: dict[str, Any], fitted: Fitted | None)
     worth = transfer.compute_worth(law, *sizes[:3])
     factor = statistics.mean(fitted.factors)
     by_worth = transfer.count_effective_tokens(sizes.tokens, worth, factor)
-    by_share = sizes.tokens / (1 - statistics.mean(fitted.shares))
+    by_share = sizes.tokens / (1 - statistics.mean(fitted.saved))
     return [law.predict_loss(sizes.n_params, tokens) for tokens in (by_worth, by_share)]
 
 
@@ -134,17 +134,17 @@ def print_forecast(results: Results, held_out_layers: int, fresh: str) -> None:
         n_right, ratios = 0, []
         print(f"\n| by {name} | loss | forecast | tokens to it | seeds |\n|---|---|---|---|---|")
         for arms in groups.values():
-            ranks: dict[str, tuple[float, float]] = {}
+            losses: dict[str, tuple[float, float]] = {}
             for arm, runs in arms.items():
                 loss = growth_tables.mean_of(runs, "loss")
                 forecast = forecast_losses(law, runs[0], fitted.get(find_method(arm)))[i]
-                ranks[arm] = loss, forecast
+                losses[arm] = loss, forecast
                 n_params = runs[0]["n_params"]
                 ratio = law.compute_tokens_to_loss(n_params, forecast)
                 ratio /= law.compute_tokens_to_loss(n_params, loss)
                 ratios.append(max(ratio, 1 / ratio))
                 print(f"| {arm} | {loss:.3f} | {forecast:.3f} | x {ratio:.2f} | {len(runs)} |")
-            best, forecast_best = (min(ranks, key=lambda arm: ranks[arm][j]) for j in range(2))
+            best, forecast_best = (min(losses, key=lambda arm: losses[arm][j]) for j in range(2))
             n_right += best == forecast_best
         if groups:
             print(

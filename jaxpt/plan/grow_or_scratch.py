@@ -352,14 +352,14 @@ def make_transfer_outcome(
     name: str, tokens: Sequence[float], losses: Sequence[float], flops_per_token: float
 ) -> Outcome:
     """Return a strategy's outcome by small runs, each given as (best case, worst case)."""
-    few, many = tokens
+    fewest, most = tokens
     low_loss, high_loss = losses
     high, low = TRANSFERS[name].ends
     factors = format_ends((low, high), "{:.2f}".format)
     return Outcome(
         name + OF_SMALL_RUNS,
-        tokens=(few, many),
-        flops=(flops_per_token * few, flops_per_token * many),
+        tokens=(fewest, most),
+        flops=(flops_per_token * fewest, flops_per_token * most),
         loss=(low_loss, high_loss),
         source=f"the base counts {factors} times the tokens to its loss from scratch",
         basis=SMALL_RUNS,
