@@ -20,7 +20,7 @@ from jaxpt.growth.new_params import find_new_params, new_param_mask, source_axis
 from jaxpt.model import transformer
 from jaxpt.model.param import ParamSpec, map_param_specs, param_key, subtree_like
 from jaxpt.model.transformer import Params
-from jaxpt.sharding import with_logical_constraint
+from jaxpt.sharding import jit_once, with_logical_constraint
 from jaxpt.spec import ModelSpec
 
 
@@ -108,7 +108,7 @@ def jit_growth(growth: Growth, make: Callable, mesh: Mesh, shardings: Params) ->
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return make(tree)
 
-    return jax.jit(make_on_mesh, out_shardings=shardings)
+    return jit_once(make_on_mesh, shardings)
 
 
 def map_child_params(child: ModelSpec, function: Callable, tree: Params) -> Params:

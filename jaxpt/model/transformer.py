@@ -41,6 +41,7 @@ from jaxpt.model.rope import Rope, compute_ropes
 from jaxpt.model.softcap import apply_softcap
 from jaxpt.sharding import (
     check_model_divides,
+    jit_once,
     make_logical_sharding,
     with_logical_constraint,
 )
@@ -497,7 +498,7 @@ def init_params(spec: ModelSpec, seed: int, mesh: Mesh, dtype: Any = jnp.float32
     def make() -> Params:
         return map_param_specs(draw, param_specs(spec))
 
-    return jax.jit(make, out_shardings=make_param_shardings(spec, mesh))()
+    return jit_once(make, make_param_shardings(spec, mesh))()
 
 
 def add_adapters(
@@ -511,5 +512,5 @@ def add_adapters(
         return param.init.draw(param_key(seed, path), param.shape)
 
     shardings = subtree_like(specs, make_param_shardings(adapted, mesh))
-    drawn = jax.jit(lambda: map_param_specs(draw, specs), out_shardings=shardings)()
+    drawn = jit_once(lambda: map_param_specs(draw, specs), shardings)()
     return adapted, replace_subtree(params, drawn)
