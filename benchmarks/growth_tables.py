@@ -70,19 +70,17 @@ def print_paired(results: Results, part: str, control: str) -> None:
         f"\n| arm | rate | parameters | FLOPs | tokens | CPU seconds | loss | less {control} "
         "| p (Holm) | seeds |\n|---|---|---|---|---|---|---|---|---|---|"
     )
-    tests = {}
+    differences = {}
     for arm, runs in arms.items():
         shared = sorted(set(runs) & set(arms[control]))
         if arm != control and len(shared) > 1:
-            differences = [runs[s]["loss"] - arms[control][s]["loss"] for s in shared]
-            tests[arm] = growth_runs.paired_interval(differences)
-    adjusted = adjust_by_holm({arm: p for arm, (_, _, p) in tests.items()})
+            differences[arm] = [runs[s]["loss"] - arms[control][s]["loss"] for s in shared]
+    tests = {arm: growth_runs.paired_interval(values)[2] for arm, values in differences.items()}
+    adjusted = adjust_by_holm(tests)
     for arm, runs in sorted(arms.items(), key=lambda item: mean_of(item[1].values(), "loss")):
         first = next(iter(runs.values()))
-        difference, p = "", ""
-        if arm in tests:
-            mean, half, _ = tests[arm]
-            difference, p = f"{mean:+.3f} ± {half:.3f}", f"{adjusted[arm]:.2g}"
+        difference = format_difference(differences.get(arm, []))
+        p = f"{adjusted[arm]:.2g}" if arm in adjusted else ""
         losses = [run["loss"] for run in runs.values()]
         print(
             f"| {arm} | {first['peak_lr']:g} | {first['n_params'] / 1e3:,.0f} k "
