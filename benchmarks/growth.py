@@ -10,16 +10,17 @@
 `frontier`  loss against FLOPs: depths and widths at several budgets, each at several peak rates
 `arms`      a full size, the same with less, small models left alone, and ways to grow, at equal
             FLOPs with the base's included
-`pretrained` a finished base of 5, 20 and 80 tokens per parameter: trained on, or grown
+`pretrained` a finished base of 5, 20 and 80 tokens per parameter: trained on, or grown, on text
+            that it has not read
 `holdout`   twice the depth at 1.5 times the FLOPs of `arms`, to test what was fitted to `arms`
 `transfer`  five rates at seven shapes, with and without model.base_shape
 `init`      five initializations at three sizes
 `tables`    tables of all results, with 95 % intervals of paired differences, and plots
 
-Every arm has a decay of its own to 0 and is measured after it. FLOPs are of the active parameters
-and of attention, forward and backward. A seed is that of the initialization and of the data's
-order, so arms are compared seed by seed. What has a result is not trained again: give the same
-command to go on after a kill.
+Every arm has a decay of its own to 0 and is measured after it, but for `operators`, whose rate is
+constant. FLOPs are of the active parameters and of attention, forward and backward. A seed is that
+of the initialization and of the data's order, so arms are compared seed by seed. What has a result
+is not trained again: give the same command to go on after a kill.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
@@ -187,11 +188,17 @@ def stops_at(shape: Shape, budget: float) -> list[int]:
 # ---- arms: a full size, its parts, the small models left alone, and growing
 
 FULL = Shape(4, 64)
-BUDGET = 1.2e13  # FLOPs: the full size is the best one there, with 28 tokens per parameter
+BUDGET = 1.2e13  # FLOPs: about where the full size is the best, with 28 tokens per parameter
 ARM_RATES = (4e-3, 8e-3)  # and beyond them where one of these two is the best
 ARM_RATE_SEED = 0  # which is for their choice alone
 ARM_SEEDS = (1, 2, 3, 4, 5)
 SHORTER = (0.25, 0.4, 0.5)  # of the budget, for the full size alone
+SMALL = {
+    "1 layer, never grown": Shape(1, 64),
+    "2 layers, never grown": Shape(2, 64),
+    "3 layers, never grown": Shape(3, 64),
+    "half the width, never grown": Shape(4, 32),
+}
 # arm -> (the shape before, its operator, the share of the tokens before it)
 GROWN = {
     "1 layer, jump at 50 %": (Shape(1, 64), "deepen(L=4)", 0.5),
@@ -218,47 +225,73 @@ FRONTIER_RATES = {"1 layer, never grown": 4e-3, "2 layers, never grown": 4e-3}
 
 
 def plan_arms(results: list[dict[str, Any]]) -> list[Run]:
-    """Return every arm at several rates on one seed; then all arms at their best on the others.
+    """Return every arm at several rates on one seed; then all arms at their best on the others."""
+    return plan_tuned(make_arms, "arms", ARM_SEEDS, FRONTIER_RATES, results)
+
+
+def plan_tuned(
+    make: Callable[[float, int], list[Run]],
+    part: str,
+    seeds: Iterable[int],
+    known: dict[str, float],
+    results: list[dict[str, Any]],
+) -> list[Run]:
+    """Return every arm of a part at several rates on one seed; then all at their best on others.
 
     An arm whose rate is still to be found has no others yet.
+
+    Args:
+        make: a rate and a seed -> all arms.
+        part: its name.
+        seeds: the others.
+        known: rates of arms that need no search.
+        results: of all parts.
     """
-    tried = collect_tried(results)
+    tried = collect_tried(results, part)
     to_try = {}
-    for run in make_arms(ARM_RATES[0], ARM_RATE_SEED):
-        if run.arm == name_tuned(run.arm) and run.arm not in FRONTIER_RATES:
+    for run in make(ARM_RATES[0], ARM_RATE_SEED):
+        if run.arm == name_tuned(run.arm) and run.arm not in known:
             to_try[run.arm] = list_rates(tried.get(run.arm, {}))
     runs = []
     for rate in sorted({rate for rates in to_try.values() for rate in rates}):
-        arms = make_arms(rate, ARM_RATE_SEED)
-        runs += [run for run in arms if rate in to_try.get(run.arm, ())]
-    best = find_arm_rates(results)
-    for seed in ARM_SEEDS:
+        runs += [run for run in make(rate, ARM_RATE_SEED) if rate in to_try.get(run.arm, ())]
+    best = find_arm_rates(results, part, known)
+    for seed in seeds:
         for rate in sorted(set(best.values())):
-            arms = make_arms(rate, seed)
-            runs += [run for run in arms if best.get(name_tuned(run.arm)) == rate]
+            runs += [run for run in make(rate, seed) if best.get(name_tuned(run.arm)) == rate]
     return runs
 
 
-def select_arms(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return results for tables: of every arm the seeds at its best rate, and the rates apart.
+TUNED_PARTS: dict[str, dict[str, float]] = {"arms": FRONTIER_RATES, "pretrained": {}}
 
-    Until every arm has another seed, tables are of the one that chooses rates.
+
+def select_compared(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return results for tables: of `arms` and `pretrained` the seeds at the best rates.
+
+    A seed counts once all arms have it. Until one does, tables are of the seed that chooses rates.
+    Its runs at all rates are a part of their own, "arms, rates" or "pretrained, rates".
     """
-    best = find_arm_rates(results)
-    tried = collect_tried(results)
-    others, compared, of_rates = [], [], []
-    for result in results:
-        arm, rate = result["arm"], result["peak_lr"]
-        if result["part"] != "arms":
-            others.append(result)
-        elif result["seed"] == ARM_RATE_SEED:
-            others.append({**result, "part": "arm rates"})
-            if rate == min(tried[arm], key=lambda each: tried[arm][each]):
-                of_rates.append(result)
-        elif best.get(name_tuned(arm)) == rate:
-            compared.append(result)
-    is_whole = {run["arm"] for run in compared} >= {run["arm"] for run in of_rates}
-    return [*others, *(compared if is_whole else of_rates)]
+    chosen = [result for result in results if result["part"] not in TUNED_PARTS]
+    for part, known in TUNED_PARTS.items():
+        best = find_arm_rates(results, part, known)
+        tried = collect_tried(results, part)
+        seeds: dict[int, dict[str, dict[str, Any]]] = {}
+        for result in results:
+            arm, rate, seed = result["arm"], result["peak_lr"], result["seed"]
+            if result["part"] != part:
+                continue
+            if seed == ARM_RATE_SEED:
+                chosen.append({**result, "part": f"{part}, rates"})
+                is_best = rate == min(tried[arm], key=lambda each: tried[arm][each])
+            else:
+                is_best = rate == best.get(name_tuned(arm))
+            if is_best:
+                seeds.setdefault(seed, {})[arm] = result
+        arms = {arm for found in seeds.values() for arm in found}
+        whole = [seed for seed in seeds if seed != ARM_RATE_SEED and seeds[seed].keys() == arms]
+        for seed in whole or [ARM_RATE_SEED]:
+            chosen += seeds.get(seed, {}).values()
+    return chosen
 
 
 def list_rates(losses: dict[float, float]) -> list[float]:
@@ -272,20 +305,22 @@ def list_rates(losses: dict[float, float]) -> list[float]:
     return rates
 
 
-def find_arm_rates(results: list[dict[str, Any]]) -> dict[str, float]:
+def find_arm_rates(
+    results: list[dict[str, Any]], part: str, known: dict[str, float]
+) -> dict[str, float]:
     """Return arm -> its best rate, of arms whose best is not at the edge of those tried."""
-    best = dict(FRONTIER_RATES)
-    for arm, losses in collect_tried(results).items():
+    best = dict(known)
+    for arm, losses in collect_tried(results, part).items():
         if arm == name_tuned(arm) and set(list_rates(losses)) <= losses.keys():
             best[arm] = min(losses, key=lambda rate: losses[rate])
     return best
 
 
-def collect_tried(results: list[dict[str, Any]]) -> dict[str, dict[float, float]]:
+def collect_tried(results: list[dict[str, Any]], part: str) -> dict[str, dict[float, float]]:
     """Return arm -> rate -> loss of the seed on which rates are chosen."""
     tried: dict[str, dict[float, float]] = {}
     for result in results:
-        if result["part"] == "arms" and result["seed"] == ARM_RATE_SEED:
+        if result["part"] == part and result["seed"] == ARM_RATE_SEED:
             tried.setdefault(result["arm"], {})[result["peak_lr"]] = result["loss"]
     return tried
 
@@ -309,9 +344,7 @@ def make_arms(rate: float, seed: int) -> list[Run]:
         segments = make_plain_segments(n_steps, stops)
         n_curve = CURVE_STEPS if share == 1 else 0
         runs.append(Run("arms", arm, FULL, segments, rate, seed, BATCH, n_curve))
-    for depth in range(1, FULL.n_layers):
-        arm = f"{depth} layer{'s' * (depth > 1)}, never grown"
-        small = Shape(depth, FULL.d_model)
+    for arm, small in SMALL.items():
         runs.append(make_plain("arms", arm, small, BUDGET, rate, seed, BATCH))
     for arm, (small, operator, share) in GROWN.items():
         segments = make_grown_segments(small, operator, share, BUDGET)
@@ -362,70 +395,97 @@ def make_plain_segments(n_steps: int, stops: Iterable[int] = ()) -> tuple[Segmen
 
 PRETRAINED = Shape(2, 64)  # its child by "stack" is FULL
 TOKENS_PER_PARAM = (5, 20, 80)  # that the base was trained on, with a decay to 0
-PRETRAINED_RATE = 4e-3  # the frontier's best of the base
+PRETRAINED_RATE = 4e-3  # of the base: the frontier's best
 PRETRAINED_SEEDS = (1, 2, 3, 4, 5)
-PRETRAINED_BUDGET = 6e12  # FLOPs after that; FULL from scratch with them is an arm of `arms`
+PRETRAINED_BUDGET = 6e12  # FLOPs after that
 PRETRAINED_OPERATORS = {
     "trained on": "",
     "stack": "stack(g=2)",
     "identity layers": "insert_identity(every=1)",
 }
+FROM_SCRATCH = f"{FULL.n_layers} layers from scratch"
+# The base reads one part of the text, at most 3.6 times; all that is compared reads the other.
+BASE_TEXT, LATER_TEXT = (0.0, 0.4), (0.4, 1.0)
 
 
 def plan_pretrained(results: list[dict[str, Any]]) -> list[Run]:
-    """Return a run for each seed, base and operator, from a fresh optimizer with a warm-up."""
+    """Return what is made of each base at several rates on one seed, then at the best on others."""
+    return plan_tuned(make_pretrained, "pretrained", PRETRAINED_SEEDS, {}, results)
+
+
+def make_pretrained(rate: float, seed: int) -> list[Run]:
+    """Return a run for each base and operator, and the child's size without a base.
+
+    After the base, optimizer and schedule are fresh, with a warm-up; the rate is of that schedule.
+    """
     n_params = growth_runs.transformer.count_params(PRETRAINED.make_spec())
     base_steps = {
         ratio: round(ratio * n_params / (BATCH * growth_runs.SEQ_LEN)) for ratio in TOKENS_PER_PARAM
     }
-    runs = []
-    for seed in PRETRAINED_SEEDS:
-        for ratio, n_base in base_steps.items():
-            stops = [stable_steps(n) for n in base_steps.values() if n < n_base]
-            base = make_plain_segments(n_base, stops)
-            for name, operator in PRETRAINED_OPERATORS.items():
-                n_steps = count_steps(PRETRAINED, operator, PRETRAINED_BUDGET, BATCH)
-                n_stable = stable_steps(n_steps)
-                segments = (
-                    *base,
-                    Segment(n_stable, operator, restart=True),
-                    Segment(n_steps - n_stable, decay=True),
-                )
-                arm = f"base of {ratio} tokens per parameter, {name}"
-                runs.append(
-                    Run("pretrained", arm, PRETRAINED, segments, PRETRAINED_RATE, seed, BATCH)
-                )
+
+    def make_later(operator: str, shape: Shape = PRETRAINED) -> tuple[Segment, ...]:
+        n_steps = count_steps(shape, operator, PRETRAINED_BUDGET, BATCH)
+        n_stable = stable_steps(n_steps)
+        return (
+            Segment(n_stable, operator, restart=True, text=LATER_TEXT),
+            Segment(n_steps - n_stable, decay=True, text=LATER_TEXT),
+        )
+
+    part = "pretrained"
+    runs = [Run(part, FROM_SCRATCH, FULL, make_later("", FULL), rate, seed, BATCH)]
+    for ratio, n_base in base_steps.items():
+        stops = [stable_steps(n) for n in base_steps.values() if n < n_base]
+        base = [
+            dataclasses.replace(segment, peak_lr=PRETRAINED_RATE, text=BASE_TEXT)
+            for segment in make_plain_segments(n_base, stops)
+        ]
+        for name, operator in PRETRAINED_OPERATORS.items():
+            arm = f"base of {ratio} tokens per parameter, {name}"
+            segments = (*base, *make_later(operator))
+            runs.append(Run(part, arm, PRETRAINED, segments, rate, seed, BATCH))
     return runs
 
 
 # ---- a size and a budget to which nothing was fitted
 
 HOLDOUT = Shape(8, 64)
-HOLDOUT_BUDGET = 1.8e13  # FLOPs: there HOLDOUT is the best size, by the frontier
-HOLDOUT_RATE = 4e-3  # the frontier's best of it
+HOLDOUT_BUDGET = 1.8e13  # FLOPs: about where HOLDOUT is the best size, by the frontier
 HOLDOUT_SEEDS = (1, 2, 3)
+# arm -> shape and the frontier's best rate
+HOLDOUT_PLAIN = {
+    "8 layers, 1 of the FLOPs": (HOLDOUT, 4e-3),
+    "4 layers, never grown": (Shape(4, 64), 8e-3),
+    "2 layers, never grown": (Shape(2, 64), 4e-3),
+}
+# arm -> the shape before, its operator, and the one of `arms` whose rate it takes
 HOLDOUT_GROWN = {
-    "4 layers, stack at 50 %": (Shape(4, 64), "stack(g=2)"),
-    "4 layers, deepen at 50 %": (Shape(4, 64), "deepen(L=8)"),
-    "4 layers, identity layers at 50 %": (Shape(4, 64), "insert_identity(every=1)"),
-    "1 layer, jump at 50 %": (Shape(1, 64), "deepen(L=8)"),
-    "6 layers, depth up-scaling at 50 %": (Shape(6, 64), "depth_upscale(m=2)"),
+    "4 layers, stack at 50 %": (Shape(4, 64), "stack(g=2)", "2 layers, stack at 50 %"),
+    "4 layers, deepen at 50 %": (Shape(4, 64), "deepen(L=8)", "2 layers, deepen at 50 %"),
+    "4 layers, identity layers at 50 %": (
+        Shape(4, 64),
+        "insert_identity(every=1)",
+        "2 layers, identity layers at 50 %",
+    ),
+    "1 layer, jump at 50 %": (Shape(1, 64), "deepen(L=8)", "1 layer, jump at 50 %"),
+    "6 layers, depth up-scaling at 50 %": (
+        Shape(6, 64),
+        "depth_upscale(m=2)",
+        "3 layers, depth up-scaling at 50 %",
+    ),
 }
 
 
 def plan_holdout(results: list[dict[str, Any]]) -> list[Run]:
     """Return the full size, smaller ones left alone and grown ones, for three seeds."""
+    best = find_arm_rates(results, "arms", FRONTIER_RATES)
     runs = []
     for seed in HOLDOUT_SEEDS:
-        for depth in (8, 4, 2):
-            arm = f"{depth} layers, {'1 of the FLOPs' if depth == 8 else 'never grown'}"
-            shape = Shape(depth, HOLDOUT.d_model)
-            runs.append(
-                make_plain("holdout", arm, shape, HOLDOUT_BUDGET, HOLDOUT_RATE, seed, BATCH)
-            )
-        for arm, (small, operator) in HOLDOUT_GROWN.items():
+        for arm, (shape, rate) in HOLDOUT_PLAIN.items():
+            runs.append(make_plain("holdout", arm, shape, HOLDOUT_BUDGET, rate, seed, BATCH))
+        for arm, (small, operator, like) in HOLDOUT_GROWN.items():
             segments = make_grown_segments(small, operator, 0.5, HOLDOUT_BUDGET)
-            runs.append(Run("holdout", arm, small, segments, HOLDOUT_RATE, seed, BATCH))
+            if like in best:
+                runs.append(Run("holdout", arm, small, segments, best[like], seed, BATCH))
     return runs
 
 
@@ -528,10 +588,11 @@ PARTS = {
 
 
 def cut_into_documents(books: list[pathlib.Path], to: pathlib.Path) -> None:
-    """Write whole books as documents of about 4,000 characters, cut between paragraphs.
+    """Write books as documents of about 4,000 characters, cut between paragraphs.
 
-    A few books leave none to hold out. The text is that of the books alone: what is installed
-    differs from machine to machine, and results of two texts cannot be compared.
+    A book's last characters, up to so many, are left out. A few books leave none to hold out. The
+    text is that of the books alone: what is installed differs from machine to machine, and results
+    of two texts cannot be compared.
     """
     to.parent.mkdir(parents=True, exist_ok=True)
     with open(to, "w", encoding="utf-8") as file:
@@ -564,11 +625,11 @@ def main() -> None:
     for part in arguments.parts:
         if part == "tables":
             found = growth_runs.read_results(results)
-            found = select_arms(found)
+            found = select_compared(found)
             full = f"{FULL.n_layers} layers, "
-            growth_tables.print_tables(found, full, OPERATORS)
+            growth_tables.print_tables(found, full, len(SHORTER) + 1, OPERATORS)
             growth_tables.plot_all(found, full, arguments.to)
-            growth_forecast.print_forecast(found, HOLDOUT.n_layers, f"{full}0.5 of the FLOPs")
+            growth_forecast.print_forecast(found, HOLDOUT.n_layers, full)
         else:
             growth_runs.train_all(PARTS[part], text, results, arguments.processes)
 

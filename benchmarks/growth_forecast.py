@@ -1,9 +1,11 @@
 """What the planner's law of growth forecasts for runs to which it was not fitted.
 
-Stated before these runs were made. Fitted: the scaling law, to what never grew of the frontier and
-of `arms`, without the held-out depth; then one factor for each strategy, to the arms that grow
-at 50 %. Held out: the arms that grow later, bases of other tokens (`pretrained`), and another size
-at another budget (`holdout`). The rival is what papers report: a share of the tokens saved.
+Fitted: the scaling law, to what never grew of the frontier and of `arms`, without the held-out
+depth; then one factor for each strategy, to the arms that grow at 50 %, against the full size of
+the same seed. Held out, and stated before these runs were made: bases of other tokens
+(`pretrained`), and another size at another budget (`holdout`). The arms that grow later are held
+out too, but one seed of them was there before. The rival is what papers report: a share of the
+tokens saved.
 """
 
 import statistics
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 
 import growth_runs
 import growth_tables
+import numpy as np
 from growth_runs import Shape
 
 from jaxpt.model import transformer
@@ -33,13 +36,10 @@ class Sizes(NamedTuple):
 
 def measure_sizes(run: dict[str, Any]) -> Sizes:
     """Return the sizes of a result."""
-    before, grown = 0, False
-    for segment in run["segments"]:
-        grown = grown or bool(segment["operator"])
-        before += 0 if grown else segment["n_steps"]
-    if not grown:
+    if not any(segment["operator"] for segment in run["segments"]):
         return Sizes(0, 0, run["n_params"], run["tokens"])
-    base_tokens = before * run["batch_size"] * growth_runs.SEQ_LEN
+    n_before = growth_tables.count_steps_before(run)
+    base_tokens = n_before * run["batch_size"] * growth_runs.SEQ_LEN
     base_params = transformer.count_params(Shape(**run["shape"]).make_spec())
     return Sizes(base_params, base_tokens, run["n_params"], run["tokens"] - base_tokens)
 
@@ -74,15 +74,31 @@ class Fitted(NamedTuple):
     saved: list[float]  # of scratch's tokens to the same loss that the child did not need
 
 
-def fit_methods(results: Results, law: ScalingLaw) -> dict[str, Fitted]:
-    """Return strategy -> what it was worth in the arms that grow at 50 %."""
+def fit_methods(results: Results, law: ScalingLaw, full: str) -> dict[str, Fitted]:
+    """Return strategy -> what it was worth in the arms that grow at 50 %.
+
+    Tokens from scratch are those of the seed's own full size: what the law misses of its losses,
+    with parts of the budget too, is added to the law. So neither the law's error there nor the
+    seed's chance is taken for growth's. The base's loss is the law's.
+    """
+    missed: dict[int, list[tuple[float, float]]] = {}
+    for run in results:
+        if run["part"] == "arms" and run["arm"].startswith(full):
+            expected = law.predict_loss(run["n_params"], run["tokens"])
+            missed.setdefault(run["seed"], []).append((run["loss"], run["loss"] - expected))
     found: dict[str, Fitted] = {}
     for run in results:
         method = find_method(run["arm"])
         if run["part"] == "arms" and method and FITTED_SHARE in run["arm"]:
             sizes = measure_sizes(run)
-            from_scratch = law.compute_tokens_to_loss(sizes.n_params, run["loss"])
-            worth = transfer.compute_worth(law, *sizes[:3])
+            base_loss = law.predict_loss(sizes.base_params, sizes.base_tokens)
+            losses, misses = zip(*sorted(missed[run["seed"]]), strict=True)
+            from_scratch, worth = (
+                law.compute_tokens_to_loss(
+                    sizes.n_params, loss - float(np.interp(loss, losses, misses))
+                )
+                for loss in (run["loss"], base_loss)
+            )
             fitted = found.setdefault(method, Fitted([], []))
             fitted.factors.append((from_scratch - sizes.tokens) / worth)
             fitted.saved.append(1 - sizes.tokens / from_scratch)
@@ -101,10 +117,10 @@ def forecast_losses(law: ScalingLaw, run: dict[str, Any], fitted: Fitted | None)
     return [law.predict_loss(sizes.n_params, tokens) for tokens in (by_worth, by_share)]
 
 
-def group_held_out(results: Results, fresh: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
+def group_held_out(results: Results) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Return group -> arm -> runs: what competes, of runs that nothing was fitted to.
 
-    Beside a free base competes `fresh`, the arm that spends as much as comes after the base.
+    Beside what comes of a free base competes the child's size from scratch.
     """
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for run in results:
@@ -113,23 +129,24 @@ def group_held_out(results: Results, fresh: str) -> dict[str, dict[str, list[dic
         if part in ("pretrained", "holdout") or is_late:
             group = arm.rpartition(", ")[0] if part == "pretrained" else part
             groups.setdefault(group, {}).setdefault(arm, []).append(run)
-    for arms in groups.values():
-        if next(iter(arms.values()))[0]["part"] == "pretrained":
-            arms[fresh] = [run for run in results if run["arm"] == fresh]
+    from_scratch = groups.pop("", {})
+    for name, arms in groups.items():
+        if name.startswith("base"):
+            arms |= from_scratch
     return groups
 
 
-def print_forecast(results: Results, held_out_layers: int, fresh: str) -> None:
+def print_forecast(results: Results, held_out_layers: int, full: str) -> None:
     """Print the fitted factors, each held-out arm with its forecasts, and how good they are."""
     if not any(run["part"] == "arms" for run in results):
         return
     law = fit_law(results, held_out_layers)
-    fitted = fit_methods(results, law)
+    fitted = fit_methods(results, law, full)
     print(f"\n{law}\n\n| grown by | factor | share of tokens saved | seeds |\n|---|---|---|---|")
     for method, found in fitted.items():
-        texts = [growth_tables.format_interval(each) for each in found]
+        texts = [growth_tables.format_mean(each, ".2f") for each in found]
         print(f"| {method} | " + " | ".join(texts) + f" | {len(found.factors)} |")
-    groups = group_held_out(results, fresh)
+    groups = group_held_out(results)
     for i, name in enumerate(("the base's worth", "a share saved")):
         n_right, ratios = 0, []
         print(f"\n| by {name} | loss | forecast | tokens to it | seeds |\n|---|---|---|---|---|")
@@ -153,9 +170,11 @@ def print_forecast(results: Results, held_out_layers: int, fresh: str) -> None:
             )
 
 
-def find_transfer_ends(results: Results, held_out_layers: int) -> dict[str, tuple[float, float]]:
+def find_transfer_ends(
+    results: Results, held_out_layers: int, full: str
+) -> dict[str, tuple[float, float]]:
     """Return strategy of the planner -> the ends of its factor, as transfer.py has them."""
-    fitted = fit_methods(results, fit_law(results, held_out_layers))
+    fitted = fit_methods(results, fit_law(results, held_out_layers), full)
     ends = {}
     for name, known in transfer.TRANSFERS.items():
         factors = fitted[find_method(known.arm)].factors

@@ -14,6 +14,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ import pickle
 import resource
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -167,6 +168,9 @@ class Segment:
         restart: fresh optimizer and schedule, with a warm-up: a finished model is trained again.
         moments: of the growth.
         shuffled: the tokens of each batch are in another order, the same for all of its sequences.
+        peak_lr: of it and its schedule; 0 is the run's.
+        text: the part of the sequences that it reads, over and over: from and to, as shares. All of
+            a schedule's segments read the same part.
     """
 
     n_steps: int
@@ -175,6 +179,12 @@ class Segment:
     restart: bool = False
     moments: str = "reset_new"
     shuffled: bool = False
+    peak_lr: float = 0.0
+    text: tuple[float, float] = (0.0, 1.0)
+
+
+# which the earliest results lack
+NEW_FIELDS = {"shuffled": False, "peak_lr": 0.0, "text": (0.0, 1.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,21 +202,23 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Return a name for its result's file: of what makes it, and what it is called."""
+        """Return a name for its result: of what makes it, and what it is called."""
         fields = dataclasses.asdict(self)
         for name in ("base", "init"):  # which the earliest results lack
             if not fields["shape"][name]:
                 del fields["shape"][name]
         for segment in fields["segments"]:
-            if not segment["shuffled"]:
-                del segment["shuffled"]
+            for name, default in NEW_FIELDS.items():
+                if segment[name] == default:
+                    del segment[name]
         content = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
     def trunk(self) -> tuple[Any, ...]:
         """Return what runs have in common that share a trunk, for one process to make."""
-        return self.shape, self.peak_lr, self.seed, self.batch_size
+        peak_lr = self.segments[0].peak_lr or self.peak_lr
+        return self.shape, peak_lr, self.seed, self.batch_size
 
 
 class Reached(NamedTuple):
@@ -230,6 +242,7 @@ class Trainer:
         self.packed = [pathlib.Path(text.directory) / "packed"]
         self.mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
         self.dataset = loader.open_packed(self.packed)
+        self.heldout: dict[int, gate.HeldoutData] = {}  # by the number of sequences
         self.states: dict[Any, Any] = {}
         self.steps: dict[Any, step.TrainStep] = {}  # compiled once, whatever the schedule
 
@@ -258,7 +271,7 @@ class Trainer:
         if n_segments == 0:
             spec = run.shape.make_spec()
             params = init_params(run.shape, run.seed, self.mesh)
-            start = state.init_state(params, spec, self.optim(run), self.mesh)
+            start = state.init_state(params, spec, config.OptimConfig(), self.mesh)
             return Reached(spec, start, NewParams(), 0, 0, 0.0, 0.0)
         prefix = fork_key(run, n_segments)
         if prefix in self.states:
@@ -276,7 +289,7 @@ class Trainer:
     ) -> Reached:
         """Return what a segment makes of a state."""
         started = cpu_seconds()
-        optim = self.optim(run)
+        optim = config.OptimConfig(peak_lr=segment.peak_lr or run.peak_lr, schedule="constant")
         now, spec, new_params = before.state, before.spec, before.new_params
         n_since = before.steps_since_start
         if segment.operator:
@@ -301,7 +314,7 @@ class Trainer:
                 optim, schedule="wsd", decay_frac=segment.n_steps / n_after, end_lr_frac=0.0
             )
         make_step = self.build_step(spec, run.batch_size, optim, steps, new_params)
-        batches = self.batches(run, before.n_steps)
+        batches = self.batches(run, segment.text, before.n_steps, n_since)
         for done in range(1, segment.n_steps + 1):
             batch = next(batches)
             if segment.shuffled:
@@ -340,30 +353,45 @@ class Trainer:
             self.steps[key] = step.build_step(spec, train, optim, SEQ_LEN, self.mesh, new_params)
         return dataclasses.replace(self.steps[key], schedule=make_schedule(optim, steps))
 
-    def optim(self, run: Run) -> config.OptimConfig:
-        return config.OptimConfig(peak_lr=run.peak_lr, schedule="constant")
+    def batches(
+        self, run: Run, text: tuple[float, float], n_steps: int, n_since: int
+    ) -> Iterator[Batch]:
+        """Yield the run's batches from a step on. Their order depends on the seed alone.
 
-    def batches(self, run: Run, n_steps: int) -> Any:
-        """Return the run's batches from a step on. Their order depends on the seed alone."""
+        Args:
+            run: whose batches.
+            text: the part of the sequences that they are of, from and to, as shares.
+            n_steps: of the run before them, for all of the text.
+            n_since: of the schedule before them, for a part of it.
+        """
         mixture = config.MixtureConfig(seed=run.seed)
         schedule = MixtureSchedule(mixture, self.dataset.n_sequences, run.batch_size)
-        return loader.iterate_batches(
-            self.dataset,
-            schedule,
-            sharding.make_batch_sharding(self.mesh),
-            run.batch_size,
-            n_steps * run.batch_size,
-            True,
-        )
+        place = sharding.make_batch_sharding(self.mesh)
+
+        def iterate(step: int) -> Iterator[Batch]:
+            position = step * run.batch_size
+            return loader.iterate_batches(
+                self.dataset, schedule, place, run.batch_size, position, True
+            )
+
+        if text == (0.0, 1.0):
+            yield from iterate(n_steps)
+        n_whole = sum(self.dataset.n_sequences.values()) // run.batch_size
+        first, last = (round(share * n_whole) for share in text)
+        at = first + n_since % (last - first)
+        while True:
+            yield from itertools.islice(iterate(at), last - at)
+            at = first
 
     def measuring_batches(self, run: Run) -> Any:
         return measure.make_measuring_batches(self.packed, run.batch_size, True, self.mesh)
 
     def measure_loss(self, spec: ModelSpec, params: Any, n_sequences: int) -> dict[str, float]:
         """Return held-out nats per token of each source."""
-        train = config.TrainConfig(eval_sequences=n_sequences)
-        data = gate.HeldoutData(self.packed, train, True, self.mesh)
-        return data.measure_losses(spec, params)
+        if n_sequences not in self.heldout:
+            train = config.TrainConfig(eval_sequences=n_sequences)
+            self.heldout[n_sequences] = gate.HeldoutData(self.packed, train, True, self.mesh)
+        return self.heldout[n_sequences].measure_losses(spec, params)
 
 
 def shuffle_tokens(batch: Batch, seed: int) -> Batch:
@@ -378,7 +406,8 @@ def shuffle_tokens(batch: Batch, seed: int) -> Batch:
 
 def fork_key(run: Run, n_segments: int) -> Any:
     """Return what the state after a run's first segments depends on."""
-    return run.trunk, run.segments[:n_segments]
+    segments = run.segments[:n_segments]
+    return run.trunk, segments, tuple(each.peak_lr or run.peak_lr for each in segments)
 
 
 def to_host(tree: Any) -> Any:
@@ -409,8 +438,10 @@ def train_all(
 ) -> None:
     """Train what a plan lists, given the results that are there, until it lists nothing new.
 
-    The runs of one trunk are made by one process.
+    The runs of one trunk are made by one process. Results of another text do not count.
     """
+    drop_torn_line(results)
+    fingerprint = stage.fingerprint_path(pathlib.Path(text.directory) / "packed")
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     context = multiprocessing.get_context("spawn")
     usable = sorted(os.sched_getaffinity(0))
@@ -418,7 +449,7 @@ def train_all(
     for i in range(n_processes):
         cores.put(usable[i % len(usable)])
     while True:
-        found = read_results(results)
+        found = [each for each in read_results(results) if each.get("text") == fingerprint]
         done = {result["key"] for result in found}
         groups: dict[Any, list[Run]] = {}
         for run in plan(found):
@@ -469,8 +500,15 @@ def train_runs(runs: list[Run], text: Text, results: pathlib.Path) -> None:
         )
 
 
+def drop_torn_line(results: pathlib.Path) -> None:
+    """Drop the result that a kill cut, so that the next one begins a line."""
+    if results.exists():
+        content = results.read_bytes()
+        results.write_bytes(content[: content.rfind(b"\n") + 1])
+
+
 def read_results(results: pathlib.Path) -> list[dict[str, Any]]:
-    """Return all results of a file, but for one that a kill cut."""
+    """Return all results of a file, but for one that is being written."""
     if not results.exists():
         return []
     lines = results.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -11,14 +11,16 @@ import numpy as np
 from growth_runs import Shape
 
 Results = list[dict[str, Any]]
+Arms = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> result
 
 
-def print_tables(results: Results, full: str, operators: Iterable[str]) -> None:
+def print_tables(results: Results, full: str, n_full: int, operators: Iterable[str]) -> None:
     """Print all tables whose results are there.
 
     Args:
         results: of all parts.
         full: how the names of the full size's arms begin, "4 layers, ".
+        n_full: how many arms those are.
         operators: of that part, in the table's order.
     """
     print_rates(results, "upcycle rates")
@@ -26,15 +28,29 @@ def print_tables(results: Results, full: str, operators: Iterable[str]) -> None:
     print_operators(results, operators)
     print_rates(results, "frontier")
     print_frontier(results)
-    print_rates(results, "arm rates")
+    print_rates(results, "arms, rates")
     print_paired(results, "arms", f"{full}1 of the FLOPs")
-    small = {run["arm"] for run in results if run["part"] == "arms" and "never" in run["arm"]}
-    print_paired(results, "arms", min(small, key=lambda arm: mean_of_arm(results, arm), default=""))
-    print_savings(results, full)
+    losses = {
+        arm: mean_of(runs.values(), "loss")
+        for arm, runs in group_by_arm(results, "arms").items()
+        if "never" in arm
+    }
+    print_paired(results, "arms", min(losses, key=lambda arm: losses[arm], default=""))
+    print_savings(results, full, n_full)
     print_paired(results, "holdout", "8 layers, 1 of the FLOPs")
-    print_pretrained(results, full)
+    print_rates(results, "pretrained, rates")
+    print_pretrained(results)
     print_rates(results, "transfer")
     print_rates(results, "init")
+
+
+def group_by_arm(results: Results, part: str) -> Arms:
+    """Return a part's results by arm and seed."""
+    arms: Arms = {}
+    for result in results:
+        if result["part"] == part:
+            arms.setdefault(result["arm"], {})[result["seed"]] = result
+    return arms
 
 
 def print_rates(results: Results, part: str) -> None:
@@ -60,15 +76,12 @@ def print_rates(results: Results, part: str) -> None:
 
 def print_paired(results: Results, part: str, control: str) -> None:
     """Print each arm's loss, and its difference to a control seed by seed."""
-    arms: dict[str, dict[int, dict[str, Any]]] = {}
-    for result in results:
-        if result["part"] == part:
-            arms.setdefault(result["arm"], {})[result["seed"]] = result
+    arms = group_by_arm(results, part)
     if control not in arms:
         return
     print(
-        f"\n| arm | rate | parameters | FLOPs | tokens | CPU seconds | loss | less {control} "
-        "| p (Holm) | seeds |\n|---|---|---|---|---|---|---|---|---|---|"
+        f"\n| arm | peak rate | parameters | FLOPs | tokens | loss | less {control} "
+        "| p (Holm) | seeds |\n|---|---|---|---|---|---|---|---|---|"
     )
     differences = {}
     for arm, runs in arms.items():
@@ -79,13 +92,12 @@ def print_paired(results: Results, part: str, control: str) -> None:
     adjusted = adjust_by_holm(tests)
     for arm, runs in sorted(arms.items(), key=lambda item: mean_of(item[1].values(), "loss")):
         first = next(iter(runs.values()))
-        difference = format_difference(differences.get(arm, []))
+        difference = format_mean(differences.get(arm, []), "+.3f")
         p = f"{adjusted[arm]:.2g}" if arm in adjusted else ""
         losses = [run["loss"] for run in runs.values()]
         print(
             f"| {arm} | {first['peak_lr']:g} | {first['n_params'] / 1e3:,.0f} k "
             f"| {first['flops']:.2e} | {first['tokens'] / 1e6:.2f} M "
-            f"| {mean_of(runs.values(), 'cpu_seconds'):.0f} "
             f"| {statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}) "
             f"| {difference} | {p} | {len(runs)} |"
         )
@@ -139,19 +151,15 @@ def print_frontier(results: Results) -> None:
         print(f"| {depth} x {width} | {n_params / 1e3:,.0f} k | " + " | ".join(texts) + " |")
 
 
-def print_savings(results: Results, full: str) -> None:
+def print_savings(results: Results, full: str, n_full: int) -> None:
     """Print what the full size would have paid for each arm's loss, its base counted and free.
 
     The price is read from the full size's own losses with parts of the budget, seed by seed, on
-    straight lines over the logarithm of the FLOPs; beyond them the last line goes on.
+    straight lines over the logarithm of the FLOPs; beyond them the last line goes on. A seed counts
+    if it has all of these losses.
     """
-    arms: dict[str, dict[int, dict[str, Any]]] = {}
-    laws: dict[int, list[tuple[float, float]]] = {}
-    for result in results:
-        if result["part"] == "arms":
-            arms.setdefault(result["arm"], {})[result["seed"]] = result
-            if result["arm"].startswith(full):
-                laws.setdefault(result["seed"], []).append((result["loss"], result["flops"]))
+    arms = group_by_arm(results, "arms")
+    laws = find_laws(arms, full, n_full)
     if not laws:
         return
     print(
@@ -163,58 +171,84 @@ def print_savings(results: Results, full: str) -> None:
             continue
         prices, free = [], []
         for seed, run in runs.items():
-            if len(laws.get(seed, ())) > 1:
-                price = find_price(laws[seed], run["loss"])
+            if seed in laws:
+                price = solve_log_line(laws[seed], run["loss"])
                 prices.append(price / run["flops"])
                 free.append(1 - (run["flops"] - count_base_flops(run)) / price)
         counted = [1 - 1 / price for price in prices]
         has_base = any(segment["operator"] for segment in next(iter(runs.values()))["segments"])
         texts = [
-            format_interval(prices),
-            format_mean(counted),
-            format_mean(free) if has_base else "",
+            format_mean(prices, ".2f"),
+            format_mean(counted, "+.0%"),
+            format_mean(free, "+.0%") if has_base else "",
         ]
         print(f"| {arm} | " + " | ".join(texts) + f" | {len(prices)} |")
 
 
-def print_pretrained(results: Results, full: str) -> None:
-    """Print what a base that exists is worth: trained on, grown, and the full size without it."""
-    bases: dict[str, dict[str, dict[int, float]]] = {}
-    fresh: dict[int, float] = {}
-    for run in results:
-        if run["part"] == "pretrained":
-            base, _, name = run["arm"].rpartition(", ")
-            bases.setdefault(base, {}).setdefault(name, {})[run["seed"]] = run["loss"]
-        elif run["part"] == "arms" and run["arm"] == f"{full}0.5 of the FLOPs":
-            fresh[run["seed"]] = run["loss"]
-    if not bases:
+def find_laws(arms: Arms, full: str, n_full: int) -> dict[int, list[tuple[float, float]]]:
+    """Return seed -> (loss, FLOPs) of the full size with each part of the budget."""
+    laws: dict[int, list[tuple[float, float]]] = {}
+    for arm, runs in arms.items():
+        if arm.startswith(full):
+            for seed, run in runs.items():
+                laws.setdefault(seed, []).append((run["loss"], run["flops"]))
+    return {seed: law for seed, law in laws.items() if len(law) == n_full}
+
+
+def print_pretrained(results: Results) -> None:
+    """Print what a base that exists is worth: its loss trained on, grown, and without it.
+
+    Differences are to the base trained on and to the child's size from scratch, seed by seed.
+    """
+    arms = group_by_arm(results, "pretrained")
+    scratch = next((arm for arm in arms if "base" not in arm), "")
+    bases: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for arm, runs in arms.items():
+        if arm != scratch:
+            base, _, name = arm.rpartition(", ")
+            bases.setdefault(base, {})[name] = runs
+    if not bases or not scratch:
         return
-    names = list(next(iter(bases.values())))
-    heads = [*names, "from scratch", *(f"{name} less {names[0]}" for name in names[1:])]
-    print("\n| | " + " | ".join(heads) + " | seeds |\n|---|" + "---|" * (len(heads) + 1))
-    for base, arms in bases.items():
-        cells = [f"{statistics.mean(losses.values()):.3f}" for losses in arms.values()]
-        cells.append(f"{statistics.mean(fresh.values()):.3f}" if fresh else "")
-        control = arms[names[0]]
-        for name in names[1:]:
-            both = sorted(set(control) & set(arms.get(name, ())))
-            differences = [arms[name][seed] - control[seed] for seed in both]
-            cells.append(format_difference(differences))
-        print(f"| {base} | " + " | ".join(cells) + f" | {len(control)} |")
+    trained_on = next(iter(next(iter(bases.values()))))
+    print(
+        f"\n| | peak rate | loss | less {trained_on} | p (Holm) | less {scratch} | p (Holm) "
+        "| seeds |\n|---|---|---|---|---|---|---|---|"
+    )
+    rows, tests = {}, {}
+    for base, by_name in bases.items():
+        for name, runs in by_name.items():
+            row = rows[f"{base}, {name}"] = [], runs
+            for control in (by_name[trained_on], arms[scratch]):
+                seeds = sorted(set(runs) & set(control)) if control is not runs else []
+                row[0].append([runs[seed]["loss"] - control[seed]["loss"] for seed in seeds])
+                if len(seeds) > 1:
+                    number = f"{base}, {name}, {len(row[0])}"
+                    tests[number] = growth_runs.paired_interval(row[0][-1])[2]
+    adjusted = adjust_by_holm(tests)
+    rows[scratch] = [[], []], arms[scratch]
+    for arm, (differences, runs) in rows.items():
+        cells = [
+            f"{next(iter(runs.values()))['peak_lr']:g}",
+            f"{mean_of(runs.values(), 'loss'):.3f}",
+        ]
+        for number, values in enumerate(differences, 1):
+            p = adjusted.get(f"{arm}, {number}")
+            cells += [format_mean(values, "+.3f"), "" if p is None else f"{p:.2g}"]
+        print(f"| {arm} | " + " | ".join(cells) + f" | {len(runs)} |")
 
 
-def format_difference(values: list[float]) -> str:
-    """Return the mean in nats with its 95 % t interval, if there are several."""
+def format_mean(values: list[float], form: str) -> str:
+    """Return the mean with its 95 % t interval, if there are several, in a number format."""
     if len(values) < 2:
-        return "".join(f"{value:+.3f}" for value in values)
+        return "".join(format(value, form) for value in values)
     mean, half, _ = growth_runs.paired_interval(values)
-    return f"{mean:+.3f} ± {half:.3f}"
+    return f"{format(mean, form)} ± {format(half, form.removeprefix('+'))}"
 
 
-def find_price(law: list[tuple[float, float]], loss: float) -> float:
-    """Return the FLOPs at which a law of (loss, FLOPs) points has a loss."""
-    losses, flops = map(np.array, zip(*sorted(law), strict=True))  # the lowest loss first
-    logs = np.log(flops)
+def solve_log_line(points: list[tuple[float, float]], loss: float) -> float:
+    """Return x where straight lines through points of (loss, log x) have a loss."""
+    losses, amounts = map(np.array, zip(*sorted(points), strict=True))  # the lowest loss first
+    logs = np.log(amounts)
     at = int(np.clip(np.searchsorted(losses, loss), 1, len(losses) - 1))
     slope = (logs[at] - logs[at - 1]) / (losses[at] - losses[at - 1])
     return float(np.exp(logs[at - 1] + slope * (loss - losses[at - 1])))
@@ -223,22 +257,6 @@ def find_price(law: list[tuple[float, float]], loss: float) -> float:
 def count_base_flops(run: dict[str, Any]) -> float:
     """Return the FLOPs of a run before its first growth."""
     return count_flops_at(run, count_steps_before(run))
-
-
-def format_interval(values: list[float]) -> str:
-    """Return the mean with its 95 % t interval, if there are several."""
-    if len(values) < 2:
-        return "".join(f"{value:.2f}" for value in values)
-    mean, half, _ = growth_runs.paired_interval(values)
-    return f"{mean:.2f} ± {half:.2f}"
-
-
-def format_mean(values: list[float]) -> str:
-    """Return the mean with its 95 % t interval, if there are several."""
-    if len(values) < 2:
-        return "".join(f"{value:+.0%}" for value in values)
-    mean, half, _ = growth_runs.paired_interval(values)
-    return f"{mean:+.0%} ± {half:.0%}"
 
 
 def print_operators(results: Results, operators: Iterable[str]) -> None:
@@ -255,10 +273,6 @@ def print_operators(results: Results, operators: Iterable[str]) -> None:
                     f"| `{arm}` | {result['layers']} | {result['n_params'] / 1e3:,.0f} k "
                     f"| {initial_loss:.3f} | {result['loss']:.3f} |"
                 )
-
-
-def mean_of_arm(results: Results, arm: str) -> float:
-    return mean_of([run for run in results if run["arm"] == arm], "loss")
 
 
 def mean_of(results: Iterable[dict[str, Any]], key: str) -> float:
@@ -310,15 +324,15 @@ def plot_trajectory(results: Results, full: str, ax: Any) -> bool:
     Over the tokens since the growth, means over seeds: a line while neither rate decays, a dot for
     the end of both decays.
     """
-    fulls: dict[int, dict[str, Any]] = {}
-    grown: dict[str, list[dict[str, Any]]] = {}
-    for result in results:
-        if result["part"] == "arms" and result["arm"] == f"{full}1 of the FLOPs":
-            fulls[result["seed"]] = result
-        elif result["part"] == "arms" and result["curve"] and "shuffled" not in result["arm"]:
-            grown.setdefault(result["arm"], []).append(result)
+    arms = group_by_arm(results, "arms")
+    fulls = arms.pop(f"{full}1 of the FLOPs", {})
+    grown = {
+        arm: runs
+        for arm, runs in arms.items()
+        if "shuffled" not in arm and any(run["curve"] for run in runs.values())
+    }
     for arm, runs in grown.items():
-        paired = [run for run in runs if run["seed"] in fulls]
+        paired = [run for seed, run in runs.items() if seed in fulls]
         if paired:
             steps, differences = zip(
                 *[compare_curves(run, fulls[run["seed"]]) for run in paired], strict=True
@@ -341,14 +355,14 @@ def compare_curves(run: dict[str, Any], full: dict[str, Any]) -> tuple[list[int]
     Of the phases where neither rate decays, and last of the end.
     """
     before = count_steps_before(run)
-    steps, losses = zip(*full["curve"], strict=True)
+    full_decay = sum(segment["n_steps"] for segment in full["segments"] if not segment["decay"])
+    steps, losses = zip(*[each for each in full["curve"] if each[0] <= full_decay], strict=True)
     flops = [count_flops_at(full, step) for step in steps]
-    full_decay = count_flops_at(full, sum(s["n_steps"] for s in full["segments"] if not s["decay"]))
     own_decay = sum(segment["n_steps"] for segment in run["segments"] if not segment["decay"])
     since, differences = [], []
     for step, loss in run["curve"]:
         at = count_flops_at(run, step)
-        if before < step <= own_decay and flops[0] <= at <= full_decay:
+        if before < step <= own_decay and flops[0] <= at <= flops[-1]:
             since.append(step - before)
             differences.append(loss - float(np.interp(at, flops, losses)))
     n_steps = sum(segment["n_steps"] for segment in run["segments"])

@@ -11,6 +11,7 @@ import growth_forecast
 import growth_runs
 import growth_tables
 
+FULL = "4 layers, "  # how the full size's arms begin
 LAW = scaling.ScalingLaw(2.0, 60.0, 0.34, 30_000.0, 0.75, "made up", (1e5, 1e6), 1e8)
 
 
@@ -36,7 +37,7 @@ def test_a_seed_that_chose_rates_compares_no_arms():
     assert {run.peak_lr for run in planned if run.arm not in growth.FRONTIER_RATES} == {0.008}
     assert len(planned) == 5 * len(growth.make_arms(0.008, 0))
     compared = [*done, *map(make_result, planned)]
-    tables = [run for run in growth.select_arms(compared) if run["part"] == "arms"]
+    tables = [run for run in growth.select_compared(compared) if run["part"] == "arms"]
     assert {run["seed"] for run in tables} == {1, 2, 3, 4, 5} and len(tables) == len(planned)
 
 
@@ -60,7 +61,7 @@ def test_a_fit_finds_the_law_and_the_factor_that_made_the_results():
         results.append({**result, "loss": LAW.predict_loss(sizes.n_params, tokens)})
     law = growth_forecast.fit_law(results, growth.HOLDOUT.n_layers)
     assert law.predict_loss(3e5, 5e6) == pytest.approx(LAW.predict_loss(3e5, 5e6), rel=1e-3)
-    fitted = growth_forecast.fit_methods(results, law)
+    fitted = growth_forecast.fit_methods(results, law, FULL)
     assert fitted.keys() == set(growth_forecast.METHODS)
     for found in fitted.values():
         assert found.factors == pytest.approx([1.3] * len(found.factors), rel=0.02)
@@ -68,8 +69,8 @@ def test_a_fit_finds_the_law_and_the_factor_that_made_the_results():
 
 def test_the_planners_factors_are_those_of_the_committed_results():
     results = growth_runs.read_results(ROOT / "benchmarks/growth_results/results.jsonl")
-    chosen = growth.select_arms(results)
-    ends = growth_forecast.find_transfer_ends(chosen, growth.HOLDOUT.n_layers)
+    chosen = growth.select_compared(results)
+    ends = growth_forecast.find_transfer_ends(chosen, growth.HOLDOUT.n_layers, FULL)
     for name, known in transfer.TRANSFERS.items():
         assert (known.low, known.high) == pytest.approx(ends[name], abs=0.006), name
 
