@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpt import config, initialize, io, lineage, sharding, stage
+from jaxpt import config, initialize, io, lineage, logs, sharding, stage
 from jaxpt.growth.growth import format_layer_map
 from jaxpt.model import transformer
 from jaxpt.spec import Manifest, UserError
@@ -84,13 +84,14 @@ def export_model(
             check_is_base(adapter_of, model, mesh)
             base_name = adapter_of.removeprefix("hf:")
             write = functools.partial(peft.write_adapter, base_name=base_name)
-        n_bytes = write(
-            model.spec,
-            model.params,
-            directory,
-            dtype=dtype,
-            card=card,
-        )
+        with logs.announce_if_slow(log, f"export: writing {out}"):
+            n_bytes = write(
+                model.spec,
+                model.params,
+                directory,
+                dtype=dtype,
+                card=card,
+            )
         record = {}
         for key in RECORDED_COUNTS:
             if key in model.record:

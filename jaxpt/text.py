@@ -88,8 +88,10 @@ def wrap_notes(notes: Iterable[str]) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Return 75 as "1m15s", 90,000 as "25h00m"."""
+    """Return 7 as "7s", 75 as "1m15s", 90,000 as "25h00m"."""
     seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
     if seconds < 3600:
         return f"{seconds // 60}m{seconds % 60:02d}s"
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

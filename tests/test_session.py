@@ -482,6 +482,17 @@ def test_no_console_line_is_wider_than_its_terminal_and_a_wide_one_is_used(tmp_p
     assert [len(lines) for lines in wide] == [1, 2] and len(narrow[0]) > 1 < len(narrow[1])
     for lines in (*narrow, *wide):
         assert "left" in " ".join(lines) or all(name in " ".join(lines) for name in sources)
+    short = {
+        **vars(record),
+        "step": 150,
+        "loss": 5.1234,
+        "grad_norm": 0.79,
+        "mfu": None,
+        "usd": 0.0,
+    }
+    short |= {"tokens_per_second": 7_123.0, "step_seconds": 0.3, "n_skipped": 0, "scalars": {}}
+    (line,) = logger.format_train(TrainMetrics(**short))
+    assert all(word in line for word in ("loss 5.1234", "norm 0.79", "7,123 tok/s", "left"))
     logger.close()
 
 

@@ -61,4 +61,4 @@ def run(arguments: argparse.Namespace) -> None:
         family=arguments.family,
         adapter_of=arguments.adapter,
     )
-    options.suggest_next("compare", "--models", arguments.to, "--prompts", "configs/prompts.txt")
+    options.suggest_next("sample", "--model", arguments.to)

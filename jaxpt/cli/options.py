@@ -184,7 +184,14 @@ def list_values(knob: dataclasses.Field[Any]) -> tuple[str, ...]:
 
 def suggest_next(*words: object) -> None:
     """Log the command that usually comes next, without its first word."""
-    log.info(f"next: {shlex.join(['jaxpt', *map(str, words)])}")
+    log.info(f"next: {' '.join(['jaxpt', *map(quote, map(str, words))])}")
+
+
+def quote(word: str) -> str:
+    """Return a word as a shell takes it: in double quotes if it holds single ones and no more."""
+    if "'" in word and not set(word) & set('"$`\\!'):
+        return f'"{word}"'
+    return shlex.quote(word)
 
 
 def suggest_stage(name: str, arguments: argparse.Namespace) -> None:
@@ -194,12 +201,12 @@ def suggest_stage(name: str, arguments: argparse.Namespace) -> None:
 
 
 def suggest_report(models: list[str]) -> None:
-    """Log the command that shows the runs among the models, with what they left there."""
+    """Log the command that shows the runs among the models, or talks with the first model."""
     runs = [model for model in models if io.exists(io.path(model) / "metrics.jsonl")]
     if runs:
         suggest_next("report", "--workdir", *runs, "--to", "report.html")
     else:
-        suggest_next("compare", "--models", *models, "--prompts", "configs/prompts.txt")
+        suggest_next("sample", "--model", models[0])
 
 
 def load_settings(arguments: argparse.Namespace) -> config.Config:

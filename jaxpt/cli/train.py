@@ -41,4 +41,5 @@ def run(arguments: argparse.Namespace) -> None:
     )
     workdir = arguments.workdir
     options.suggest_next("report", "--workdir", workdir, "--to", workdir / "report.html")
+    options.suggest_next("sample", "--model", workdir)
     options.suggest_next("export_hf", "--from", workdir, "--to", workdir / "hf")

@@ -435,7 +435,8 @@ def log_compile_time(what: str) -> Iterator[None]:
     start = time.monotonic()
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        yield
+        with logs.announce_if_slow(log, f"{what}: compiling"):
+            yield
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     seconds = time.monotonic() - start

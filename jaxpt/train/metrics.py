@@ -143,9 +143,18 @@ class MetricsLogger:
     def format_train(self, record: TrainMetrics) -> list[str]:
         """Return a line, and further ones for what is not always there or does not fit."""
         left = format_duration((self.n_steps - record.step) * record.step_seconds)
-        always = [f"loss {record.loss:.4f}", f"norm {record.grad_norm:.2f}"]
-        always += [f"lr {record.lr:.1e}", f"{record.tokens_per_second:,.0f} tok/s", f"{left} left"]
-        first = break_line(self.format_step(record.step), always)
+        always = {
+            "loss": f"loss {record.loss:.4f}",
+            "norm": f"norm {record.grad_norm:.2f}",
+            "lr": f"lr {record.lr:.1e}",
+            "speed": f"{record.tokens_per_second:,.0f} tok/s",
+            "left": f"{left} left",
+        }
+        head = self.format_step(record.step)
+        for name in ("lr", "norm"):  # which metrics.jsonl and the page show
+            if len(break_line(head, [*always.values()])) > 1:
+                del always[name]
+        first = break_line(head, [*always.values()])
         more = []
         if record.mfu:
             more.append(f"MFU {record.mfu:.1%}")
