@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import pathlib
 import re
 import socket
 
@@ -57,6 +59,21 @@ def test_pages_differ_in_nothing_where_they_begin():
 def test_a_page_uses_the_words_of_the_field(page):
     text = "\n".join("".join(cell["source"]) for cell in read_cells(page))
     assert not re.findall(f"{WORDS}|{RATE}", text, re.IGNORECASE)
+
+
+def test_a_page_may_be_given_another_text_when_it_has_run(course, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("TEXT", "RECIPES", "PATH", "PYTHONWARNINGS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    lesson = course("lesson")
+    monkeypatch.setattr(lesson, "PLACE", tmp_path)
+    (tmp_path / "clone/configs").mkdir(parents=True)
+    for text in ("python:prose", "text:mine/*.txt", "python:prose"):
+        lesson.start("clone", text)
+        assert pathlib.Path.cwd().parent == tmp_path
+        assert os.environ["RECIPES"] == str(tmp_path / "clone/configs")
+        assert os.environ["TEXT"] == text.replace("mine", f"{tmp_path}/mine")
+    assert len(list(tmp_path.glob("course-*"))) == 2
 
 
 def test_a_hub_that_does_not_answer_is_given_up_soon(course, monkeypatch):

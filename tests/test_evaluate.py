@@ -285,6 +285,25 @@ def adopt(directory, normalizer=None, alphabet=()):
     return directory
 
 
+def test_the_error_of_bits_per_byte_is_what_other_texts_would_have_changed():
+    """Against the spread of the ratio over many draws of as many texts."""
+    rng = np.random.default_rng(3)
+
+    def draw(n):
+        sizes = rng.integers(50, 900, n)
+        return 2.5 * sizes * rng.lognormal(0, 0.3, n), sizes
+
+    ratios = [np.sum(bits) / np.sum(sizes) for bits, sizes in (draw(40) for _ in range(4000))]
+    errors = [likelihood.estimate_ratio_error(*draw(40)) for _ in range(400)]
+    assert np.mean(errors) == pytest.approx(np.std(ratios), rel=0.1)
+    assert likelihood.estimate_ratio_error(*draw(1)) is None
+    scores, owners = [-3.0, -5.0, -11.0], [0, 0, 1]
+    sums = likelihood.sum_over_texts(["abcd", "abé"], [[1, 2], [3]], owners, scores)
+    assert sums.loss_sum == 19 and sums.n_bytes == 8 and sums.n_tokens == 3
+    bits = np.array([8.0, 11.0]) / np.log(2)
+    assert sums.stderr == pytest.approx(likelihood.estimate_ratio_error(bits, np.array([4, 4])))
+
+
 def test_text_that_a_tokenizer_cannot_spell_has_no_bits_per_byte(params, hf_dir, tmp_path, output):
     from tokenizers import Regex, normalizers
 

@@ -14,6 +14,7 @@ from IPython.display import Markdown, display
 
 FIGURES = "application/vnd.jaxpt.figures+json"  # type of the output that tests read
 HUB_TIMEOUT = 3.0  # seconds
+PLACE = pathlib.Path.cwd()  # where the page was opened; texts have folders there
 plt.rcParams.update({"figure.figsize": (7, 3), "figure.dpi": 90, "axes.spines.top": False})
 plt.rcParams.update({"axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3})
 
@@ -37,19 +38,20 @@ class KeyFigure(NamedTuple):
 def start(jaxpt: str, text: str) -> None:
     """Enter the folder of a text, in which pages find what others have made, and set $TEXT.
 
+    It may be run again, for another text.
+
     Args:
-        jaxpt: a clone; its recipes become $RECIPES.
+        jaxpt: a clone, from where the page was opened; its recipes become $RECIPES.
         text: KIND:WHERE, as in prepare.sources.
     """
     kind, _, where = text.partition(":")
     if kind in ("text", "jsonl", "parquet", "warc") and "://" not in where:
-        text = f"{kind}:{pathlib.Path(where).absolute()}"
-    recipes = pathlib.Path(jaxpt, "configs").resolve()
-    folder = pathlib.Path("course-" + hashlib.sha256(text.encode()).hexdigest()[:8])
+        text = f"{kind}:{PLACE / where}"
+    folder = PLACE / f"course-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     programs = pathlib.Path(sys.executable).parent
     os.environ.update(
         TEXT=text,
-        RECIPES=str(recipes),
+        RECIPES=str((PLACE / jaxpt / "configs").resolve()),
         PATH=f"{programs}{os.pathsep}{os.environ['PATH']}",
         PYTHONWARNINGS="ignore",
     )
@@ -165,7 +167,7 @@ def plot_losses(runs: dict[str, str]) -> None:
     left.set(xlabel="step", ylabel="nats per token", title="training")
     right.set(xlabel="step", title="held out")
     left.legend()
-    right.legend()
+    right.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     plt.show()
 
 
@@ -183,7 +185,7 @@ def plot_bars(unit: str, scores: dict[str, dict[str, float]]) -> None:
     ax.grid(visible=False, axis="x")
     ax.set(ylabel=unit)
     ax.margins(y=0.15)
-    ax.legend(ncols=len(models))
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     plt.show()
 
 

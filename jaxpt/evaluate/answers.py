@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxpt.evaluate.likelihood import estimate_ratio_error
+
 METRIC = "answer_bits_per_byte"
 
 Sample = dict[str, Any]  # what the harness logged of an item
@@ -20,7 +22,7 @@ Sample = dict[str, Any]  # what the harness logged of an item
 def measure_answers(samples: Sequence[Sample]) -> dict[str, float]:
     """Return METRIC and its standard error under the harness's names; {} if no item has an answer.
 
-    Sums of bits and bytes are divided once, so the error is that of a ratio (delta method).
+    Sums of bits and bytes are divided once, so the error is that of a ratio.
     """
     bits, n_bytes = [], []
     for sample in samples:
@@ -33,13 +35,10 @@ def measure_answers(samples: Sequence[Sample]) -> dict[str, float]:
         n_bytes.append(len(continuation.encode()))
     if not sum(n_bytes):
         return {}
-    ratio = sum(bits) / sum(n_bytes)
-    found = {f"{METRIC},none": ratio}
-    n = len(bits)
-    if n > 1:
-        residuals = np.asarray(bits) - ratio * np.asarray(n_bytes)
-        variance = float(np.sum(residuals**2)) * n / (n - 1)
-        found[f"{METRIC}_stderr,none"] = math.sqrt(variance) / sum(n_bytes)
+    found = {f"{METRIC},none": sum(bits) / sum(n_bytes)}
+    stderr = estimate_ratio_error(np.asarray(bits), np.asarray(n_bytes))
+    if stderr is not None:
+        found[f"{METRIC}_stderr,none"] = stderr
     return found
 
 

@@ -397,6 +397,9 @@ def score_text_source(
     sums = dataclasses.replace(sums, n_lost_bytes=lost)
     score = None if sums.reason else sums.bits_per_byte
     metrics = {"alias": name, "bits_per_byte,none": score, **sums.to_json()}
+    stderr = metrics.pop("stderr")
+    if score is not None and stderr is not None:
+        metrics["bits_per_byte_stderr,none"] = stderr
     n_samples = {"original": len(texts), "effective": len(texts)}
     result = {"results": {name: metrics}, "versions": {name: 1}, "n-samples": {name: n_samples}}
     result["higher_is_better"] = {name: {"bits_per_byte": False}}

@@ -91,6 +91,7 @@ class BitsPerByte(Record):
     n_bytes: int  # of the texts in UTF-8
     n_tokens: int  # predicted; no beginning- or end-of-sequence tokens
     n_lost_bytes: int = 0  # of n_bytes: what the tokens do not spell
+    stderr: float | None = None  # of bits_per_byte, over texts; None: of one text
 
     @property
     def reason(self) -> str:
@@ -137,16 +138,46 @@ def measure_bits_per_byte(
         label: of the progress bar.
     """
     max_length = max_length or spec.max_seq_len
-    windows: list[TokenPair] = []
-    for ids in token_ids:
-        windows += split_rolling_windows(ids, bos_id, max_length)
+    windows, owners = split_all(token_ids, bos_id, max_length)
     scores = compute_continuation_log_likelihoods(
         spec, params, windows, max_length=max_length, dtype=dtype, label=label
     )
-    loss_sum = -sum(log_likelihood for log_likelihood, _ in scores)
-    n_bytes = sum(len(text.encode()) for text in texts)
+    return sum_over_texts(texts, token_ids, owners, [score for score, _ in scores])
+
+
+def split_all(
+    token_ids: list[list[int]], prefix_id: int, max_length: int
+) -> tuple[list[TokenPair], list[int]]:
+    """Return the rolling windows of all texts, and the number of the text of each."""
+    windows: list[TokenPair] = []
+    owners: list[int] = []
+    for number, ids in enumerate(token_ids):
+        windows += split_rolling_windows(ids, prefix_id, max_length)
+        owners += [number] * (len(windows) - len(owners))
+    return windows, owners
+
+
+def sum_over_texts(
+    texts: list[str], token_ids: list[list[int]], owners: list[int], scores: list[float]
+) -> BitsPerByte:
+    """Return bits per byte from the log-likelihoods of all windows, each owned by a text."""
+    losses = -np.bincount(owners, scores, len(texts))
+    n_bytes = np.array([len(text.encode()) for text in texts])
     n_tokens = sum(map(len, token_ids))
-    return BitsPerByte(loss_sum, n_bytes, n_tokens)
+    stderr = estimate_ratio_error(losses / math.log(2), n_bytes)
+    return BitsPerByte(-sum(scores), int(n_bytes.sum()), n_tokens, stderr=stderr)
+
+
+def estimate_ratio_error(amounts: np.ndarray, sizes: np.ndarray) -> float | None:
+    """Return the standard error of sum(amounts) / sum(sizes) over items (delta method).
+
+    None if there is one item, or nothing to divide by.
+    """
+    n, total = len(amounts), float(np.sum(sizes))
+    if n < 2 or not total:
+        return None
+    residuals = amounts - float(np.sum(amounts)) / total * sizes
+    return math.sqrt(float(np.sum(residuals**2)) * n / (n - 1)) / total
 
 
 def split_rolling_windows(ids: list[int], prefix_id: int, max_length: int) -> Iterator[TokenPair]:

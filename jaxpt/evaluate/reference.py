@@ -128,10 +128,8 @@ def measure_reference_bits_per_byte(
     model = load_reference_model(hf_dir)
     import torch
 
-    windows = []
-    for ids in token_ids:
-        windows += likelihood.split_rolling_windows(ids, bos_id, max_length)
-    loss_sum = 0.0
+    windows, owners = likelihood.split_all(token_ids, bos_id, max_length)
+    scores = []
     progress = stage.track_progress(
         windows, "bits per byte by transformers", len(windows), "windows"
     )
@@ -143,10 +141,8 @@ def measure_reference_bits_per_byte(
             log_probs = torch.log_softmax(logits, dim=-1)
             targets = ids[0, -n:, None]
             log_likelihoods = log_probs.gather(1, targets)
-            loss_sum -= log_likelihoods.sum(dtype=torch.float64).item()
-    n_bytes = sum(len(text.encode()) for text in texts)
-    n_tokens = sum(map(len, token_ids))
-    return likelihood.BitsPerByte(loss_sum, n_bytes, n_tokens)
+            scores.append(log_likelihoods.sum(dtype=torch.float64).item())
+    return likelihood.sum_over_texts(texts, token_ids, owners, scores)
 
 
 def make_reference_harness_model(hf_dir: pathlib.Path, max_length: int) -> LM:
