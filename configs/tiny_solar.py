@@ -34,7 +34,7 @@ def get_config(model="general"):
     c.train.log_every = 20
     c.train.eval_every = 40
     c.train.eval_sequences = 32
-    c.train.checkpoint_every = 40
+    c.train.checkpoint_every = c.train.keep_every = 40
     c.optim.peak_lr = 3e-3
     c.optim.warmup_frac = 0.1
     c.mixture.phases = ((0, {"prose": 0.9, "code": 0.1}),)

@@ -32,7 +32,11 @@ SLOW_DEVICE = 0.8  # of the fastest one's speed
 SLOW_DISK = 50e6  # bytes/s: a checkpoint of a billion parameters takes four minutes
 MAX_CLOCK_SECONDS = 5.0
 PLUGINS = ("jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
-CARDS = {"/dev/nvidia0": "requirements-gpu.txt", "/dev/accel0": "requirements-tpu.txt"}
+CARDS = {  # device file -> what makes JAX see it
+    "/dev/nvidia0": "requirements-gpu.txt",
+    "/dev/accel0": "requirements-tpu.txt",
+    "/dev/vfio/0": "requirements-tpu.txt",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,3 +95,18 @@ def format_duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60}m{seconds % 60:02d}s"
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+def choose_time_unit(ends: Iterable[float | None]) -> tuple[str, int]:
+    """Return a unit in which the larger of some hours is at least 1, and how many an hour has."""
+    longest = max((end for end in ends if end is not None), default=1.0)
+    if longest >= 1:
+        return "hours", 1
+    return ("minutes", 60) if longest >= 1 / 60 else ("seconds", 3600)
+
+
+def format_significant(n: float) -> str:
+    """Return three significant digits, or whole numbers from 100 on."""
+    if n >= 100:
+        return f"{n:,.0f}"
+    return f"{n:.3g}"

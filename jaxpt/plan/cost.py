@@ -18,6 +18,7 @@ from jaxpt.plan import roofline
 from jaxpt.plan.roofline import LayerCollectives, StepAnalysis
 from jaxpt.spec import ModelSpec, Record, UserError
 from jaxpt.stage import read_spec
+from jaxpt.text import choose_time_unit, format_significant
 from jaxpt.train import teacher
 from jaxpt.train.step import DistillSpec
 from jaxpt.weights import checkpoint, hub, huggingface
@@ -369,26 +370,11 @@ def format_hours(ends: list[float | None]) -> str:
     return f"{format_range(ends, lambda end: format_significant(per_hour * end))} {unit}"
 
 
-def choose_time_unit(ends: Iterable[float | None]) -> tuple[str, int]:
-    """Return a unit in which the larger of some hours is at least 1, and how many an hour has."""
-    longest = max((end for end in ends if end is not None), default=1.0)
-    if longest >= 1:
-        return "hours", 1
-    return ("minutes", 60) if longest >= 1 / 60 else ("seconds", 3600)
-
-
 def format_cents(n: float) -> str:
     """Return an amount to a hundredth, "< 0.01", or whole numbers from 100 on."""
     if 0 < n < 0.005:
         return "< 0.01"
     return f"{n:,.2f}" if n < 100 else f"{n:,.0f}"
-
-
-def format_significant(n: float) -> str:
-    """Return three significant digits, or whole numbers from 100 on."""
-    if n >= 100:
-        return f"{n:,.0f}"
-    return f"{n:.3g}"
 
 
 def abbreviate_count(n: float) -> str:

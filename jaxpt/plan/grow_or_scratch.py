@@ -22,11 +22,11 @@ from jaxpt.growth.parse import plan_growth
 from jaxpt.model import transformer
 from jaxpt.plan import check, cost, scaling, transfer
 from jaxpt.plan.check import Growth, Run
-from jaxpt.plan.cost import TargetPlan, abbreviate_count, format_cents, format_significant
+from jaxpt.plan.cost import TargetPlan, abbreviate_count, format_cents
 from jaxpt.plan.scaling import LossPoint, ScalingFit, ScalingLaw
 from jaxpt.plan.transfer import JUMP_AFTER, TRANSFERS
 from jaxpt.spec import ModelSpec, Record, UserError
-from jaxpt.text import format_table, wrap_notes
+from jaxpt.text import choose_time_unit, format_significant, format_table, wrap_notes
 from jaxpt.train.records import HeldoutMetrics
 from jaxpt.train.schedule import count_warmup_steps
 
@@ -797,7 +797,7 @@ def make_column(strategy: StrategyCost) -> dict[str, str]:
         "loss at the budget": format_ends(strategy.loss, "{:.3f}".format),
     }
     if strategy.hours:
-        unit, per_hour = cost.choose_time_unit(strategy.hours)
+        unit, per_hour = choose_time_unit(strategy.hours)
         hours = format_ends(strategy.hours, lambda end: format_significant(per_hour * end))
         cells["time"] = f"{hours} {unit}"
         cells["usd"] = format_ends(strategy.usd, format_cents)

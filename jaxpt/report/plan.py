@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from jaxpt import hardware
@@ -26,11 +26,11 @@ from jaxpt.report.format import (
 )
 from jaxpt.report.read import RunData, get_points, group_distinct_values, last_value
 from jaxpt.report.records import Check, Comparison, Ends, Plan, Target
+from jaxpt.text import choose_time_unit, format_significant
 
 Formatter = Callable[[float], str]
 # field of Projection -> its format
 RANGES: dict[str, Formatter] = {"mfu": format_percent, "tokens_per_second": format_count}
-RANGES |= {"hours": format_brief, "usd": format_brief}
 PLAN_CAPTION = (
     "Compiled: the real step, compiled for that machine; estimated: from the shape alone. "
     "Ranges: the ends of the assumed efficiency."
@@ -85,7 +85,7 @@ def make_target_table(plan: Plan, measured: list[RunData]) -> Table | None:
     for run in measured:
         caption += describe_pace(run, plan)
     heads = ["target", "method", "devices", "fits", "GB per device"]
-    heads += ["MFU", "tokens/s", "hours", "USD"]
+    heads += ["MFU", "tokens/s", "time", "USD"]
     return Table(heads, rows, caption, n_text_columns=2, css_class="many")
 
 
@@ -97,6 +97,8 @@ def list_target(target: Target) -> list[str]:
     row.append(format_gigabytes(target.peak_bytes))
     for field, format_number in RANGES.items():
         row.append(format_range(target, field, format_number))
+    row.append(format_hours(list_ends(target, "hours")))
+    row.append(format_range(target, "usd", format_brief))
     return row
 
 
@@ -113,7 +115,7 @@ def list_measured(run: RunData) -> list[str]:
     row = [name, "measured", format_whole(n_devices), ""]
     row.append(format_gigabytes(last_value(train, "memory_bytes") or None))
     row.append(format_percent(last_value(train, "mfu") or None))
-    row += [format_count(speed), format_brief(seconds / 3600)]
+    row += [format_count(speed), format_hours([seconds / 3600])]
     row.append(format_brief(last_value(train, "usd")))
     return row
 
@@ -129,7 +131,7 @@ def describe_pace(run: RunData, plan: Plan) -> str:
         return ""
     n_devices = run.start.n_devices
     hours = seconds / 3600 * plan.tokens / trained
-    pace = f"at the measured pace it is {format_brief(hours)} hours"
+    pace = f"at the measured pace it is {format_hours([hours])}"
     spent = last_value(run.metrics.train, "productive_usd")
     if spent or chip.usd_per_hour:
         # the run's own money, where devices or prices changed meanwhile
@@ -140,10 +142,10 @@ def describe_pace(run: RunData, plan: Plan) -> str:
         chip_name, _, _ = target.target.partition(":")
         is_same = (chip_name, target.n_devices) == (chip.name, n_devices)
         if is_same and finite_or_none(target.expected.hours):
-            planned_hours = format_range(target, "hours", format_brief)
+            planned_time = format_hours(list_ends(target, "hours"))
             planned_usd = format_range(target, "usd", format_brief) or "no"
             return (
-                f" {run.name}: planned on {target.target} were {planned_hours} hours and "
+                f" {run.name}: planned on {target.target} were {planned_time} and "
                 f"{planned_usd} USD for {format_count(plan.tokens)} tokens; {pace}."
             )
     return ""
@@ -151,6 +153,11 @@ def describe_pace(run: RunData, plan: Plan) -> str:
 
 def format_range(target: Target, field: str, format_number: Formatter) -> str:
     """Return slow–fast, lowest first, or the expected number if no range was planned."""
+    return join_ends(map(format_number, list_ends(target, field)))
+
+
+def list_ends(target: Target, field: str) -> list[float]:
+    """Return the ends of a range, lowest first, or the expected number if no range was planned."""
     ends = []
     for projection in (target.slow, target.fast):
         value = finite_or_none(getattr(projection, field, None))
@@ -158,7 +165,15 @@ def format_range(target: Target, field: str, format_number: Formatter) -> str:
             ends.append(value)
     if len(ends) < 2:
         ends = [getattr(target.expected, field)]
-    return join_ends(map(format_number, sorted(ends)))
+    return sorted(ends)
+
+
+def format_hours(ends: Sequence[float | None]) -> str:
+    """Return a range of hours in the unit that suits it: 0.002 is "7.2 seconds"."""
+    found = [finite_or_none(end) for end in ends]
+    unit, per_hour = choose_time_unit(found)
+    texts = ["never" if end is None else format_significant(per_hour * end) for end in found]
+    return f"{join_ends(texts)} {unit}" if any(end is not None for end in found) else "never"
 
 
 def join_ends(texts: Iterable[str]) -> str:
@@ -186,14 +201,14 @@ def make_comparison_table(comparison: Comparison) -> Table:
         row = [strategy.name, format_ends(strategy.tokens, format_count)]
         for frac in (strategy.saved_frac, strategy.saved_with_base_frac):
             row.append(format_ends(frac, format_percent))
-        for cost in (strategy.hours, strategy.usd):
-            row.append(format_ends(cost, format_brief))
+        row.append(format_hours(strategy.hours or ()))
+        row.append(format_ends(strategy.usd, format_brief))
         rows.append(row)
     caption = (
         f"Strategies to reach {comparison.target_loss:.3f} nats per token. Shares of FLOPs saved "
         "against scratch, from published ranges or, where named, from runs. " + comparison.verdict
     )
-    heads = ["strategy", "tokens", "saved", "saved, base paid", "hours", "USD"]
+    heads = ["strategy", "tokens", "saved", "saved, base paid", "time", "USD"]
     return Table(heads, rows, caption)
 
 
@@ -209,8 +224,8 @@ def make_check_table(checks: tuple[Check, ...]) -> Table:
     """Return planned against measured, as jaxpt plan --check compared them."""
     rows = []
     for check in checks:
-        run_dir, *numbers = dataclasses.astuple(check)
-        rows.append([run_dir, *map(format_brief, numbers)])
+        run_dir, description, *numbers = dataclasses.astuple(check)
+        rows.append([description or run_dir, *map(format_brief, numbers)])
     heads = ["run", "planned s", "measured s", "ratio", "calibrated", "memory ratio", "calibrated"]
     return Table(heads, rows)
 

@@ -606,6 +606,7 @@ class Check(View, run="run_dir"):
     """A plan compared with a run. Ratios are measured / planned."""
 
     run_dir: str = ""
+    description: str = ""  # of the run: its directory, size and origin
     planned_step_seconds: float | None = None
     measured_step_seconds: float | None = None
     time_ratio: float | None = None
