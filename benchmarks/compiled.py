@@ -78,7 +78,7 @@ ROWS = {  # name: target, (model, pack), train, mesh
         {"batch_size": 16, "remat": "full"},
         {"tensor": 4},
     ),
-    "v5p 64 xla context 4": (
+    "v5p 64 context 4": (
         "v5p:4x4x4",
         PODS,
         {"batch_size": 16, "remat": "full"},
