@@ -73,6 +73,9 @@ def test_the_planners_factors_are_those_of_the_committed_results():
     ends = growth_forecast.find_transfer_ends(chosen, growth.HOLDOUT.n_layers, FULL)
     for name, known in transfer.TRANSFERS.items():
         assert (known.low, known.high) == pytest.approx(ends[name], abs=0.006), name
+        run = next(run for run in chosen if run["arm"] == known.arm)
+        growth_there = run["n_params"] / growth_forecast.measure_sizes(run).base_params
+        assert known.growth == pytest.approx(growth_there, abs=0.006), name
 
 
 def make_result(run: growth_runs.Run, loss: float = 3.0) -> dict:

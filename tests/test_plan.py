@@ -1392,7 +1392,8 @@ def test_scratch_is_the_measure_and_a_free_base_is_counted_in_one_column_only():
 def factors(monkeypatch):
     """Made up, the same in every strategy."""
     made_up = {
-        name: known._replace(low=0.75, high=1.25) for name, known in transfer.TRANSFERS.items()
+        name: known._replace(low=0.75, high=1.25, growth=8.0)
+        for name, known in transfer.TRANSFERS.items()
     }
     monkeypatch.setattr(grow_or_scratch, "TRANSFERS", made_up)
 
@@ -1410,6 +1411,13 @@ def test_small_runs_forecast_what_a_bases_loss_is_worth_from_scratch(factors):
         assert grown.tokens == pytest.approx([1.6e11 - 1.25 * worth, 1.6e11 - 0.75 * worth])
         assert grown.loss[1] == pytest.approx(CHINCHILLA.predict_loss(n, 1.6e11 + 0.75 * worth))
     assert "by small runs, " in found.verdict
+
+
+def test_growth_far_beyond_the_small_runs_may_count_nothing():
+    known = transfer.Transfer(0.7, 1.3, 2.0, "an arm")
+    assert transfer.limit_factor(known, 3.0) == ((1.3, 0.7), ())
+    (best, worst), (note,) = transfer.limit_factor(known, 3.1)
+    assert (best, worst) == (1.3, 0.0) and "3.1 times the base, small runs 2 times" in note
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.7])

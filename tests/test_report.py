@@ -295,7 +295,10 @@ def test_what_the_run_took_is_listed_below_its_plan(runs, tmp_path):
     write_report([child], tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     (row,) = [row for row in page.rows if row[1:2] == ["measured"]]
-    assert row[:3] == ["NVIDIA H100 80GB HBM3", "measured", "8"] and row[7:] == ["1.97 minutes", "0.79"]
+    assert row[:3] == ["NVIDIA H100 80GB HBM3", "measured", "8"] and row[7:] == [
+        "1.97 minutes",
+        "0.79",
+    ]
     hours = 0.8 * 118 / 3600 * 3e9 / (180 * 16 * 512)
     assert (
         "planned on h100:8 were 34.1 hours and 818 USD for 3 B tokens; "

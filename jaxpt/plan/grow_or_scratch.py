@@ -315,12 +315,13 @@ def estimate_late_jump(case: Case) -> list[Outcome]:
     flops_per_token = JUMP_AFTER * small_flops + (1 - JUMP_AFTER) * case.flops_per_token
     sizes = case.law, small_params, case.n_params
     tokens, losses = [], []
-    for factor in TRANSFERS[name].ends:
+    ends, far = transfer.limit_factor(TRANSFERS[name], case.n_params / small_params)
+    for factor in ends:
         tokens.append(transfer.solve_late_jump(*sizes, case.scratch_tokens, factor))
         worth = transfer.count_jump_tokens(*sizes, case.token_budget, factor)
         losses.append(case.predict_loss(worth))
     by_transfer = make_transfer_outcome(name, tokens, losses, flops_per_token)
-    return [published, by_transfer._replace(needs_base=False)]
+    return [published, by_transfer._replace(needs_base=False, notes=far)]
 
 
 def estimate_growth(case: Case, base: BaseModel, known: PublishedSavings) -> list[Outcome]:
@@ -332,15 +333,10 @@ def estimate_growth(case: Case, base: BaseModel, known: PublishedSavings) -> lis
         return [outcome._replace(basis=OWN_RUNS)]
     saved, notes = limit_savings(known, case, base)
     outcome = estimate_saving(case, known, saved, case.flops_per_token)
-    best, worst = TRANSFERS[known.name].ends
-    growth_factor = case.n_params / base.n_params
-    far = ()
-    if growth_factor > MAX_GROWTH_FACTOR * ROUNDING_TOLERANCE:
-        worst = 0.0
-        far = (f"{growth_factor:.2g} times the base: small runs went to 4, it may count nothing",)
+    ends, far = transfer.limit_factor(TRANSFERS[known.name], case.n_params / base.n_params)
     worth = transfer.compute_worth(case.law, base.n_params, base.tokens, case.n_params)
     tokens, losses = [], []
-    for factor in (best, worst):
+    for factor in ends:
         tokens.append(transfer.count_tokens_after_growth(case.scratch_tokens, worth, factor))
         effective = transfer.count_effective_tokens(case.token_budget, worth, factor)
         losses.append(case.predict_loss(effective))
