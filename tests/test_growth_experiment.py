@@ -1,5 +1,7 @@
 """Laws of the growth experiment (benchmarks/growth.py): rates, equal FLOPs, and what is fitted."""
 
+import re
+
 import pytest
 from conftest import ROOT
 
@@ -65,6 +67,53 @@ def test_a_fit_finds_the_law_and_the_factor_that_made_the_results():
     assert fitted.keys() == set(growth_forecast.METHODS)
     for found in fitted.values():
         assert found.factors == pytest.approx([1.3] * len(found.factors), rel=0.02)
+
+
+def test_tables_average_a_part_alone_and_only_seeds_that_all_arms_have(capsys):
+    """Losses of the seed that chooses rates are 5, of an unfinished seed 7, of another part 9."""
+    results = []
+    for make, part in ((growth.make_arms, "arms"), (growth.make_pretrained, "pretrained")):
+        for rate, loss in ((0.004, 5.5), (0.008, 5.0), (0.016, 5.6)):
+            results += [make_result(run, loss) for run in make(rate, growth.ARM_RATE_SEED)]
+        for seed, loss in ((1, 3.0), (2, 3.25), (3, 7.0)):
+            runs = [run for run in growth.PARTS[part](results) if run.seed == seed]
+            runs = runs[:-1] if seed == 3 else runs
+            results += [make_result(run, loss - number / 1e3) for number, run in enumerate(runs)]
+    results += [make_result(run, 9.0) for run in growth.plan_holdout(results)]
+    results += [
+        make_result(run, 4.0 + run.shape.n_layers / 100) for run in growth.plan_frontier([])
+    ]
+    chosen = growth.select_compared(results)
+    growth_tables.print_tables(chosen, FULL, len(growth.SHORTER) + 1, ())
+    growth_forecast.print_forecast(chosen, growth.HOLDOUT.n_layers, FULL)
+    printed = capsys.readouterr().out
+    for table in printed.split("\n\n"):
+        if "less 4 layers, 1 of the FLOPs" in table or "less trained on" in table:
+            assert "(Holm) | seeds |" in table
+            for row in table.splitlines()[2:]:
+                assert row.endswith("| 2 |") and re.search(r"\| 3\.\d+", row), row
+    assert "| base of 20 tokens per parameter, stack | 0.008 | 3.1" in printed
+    assert "| 4 layers from scratch | 3.1" in printed  # beside each base's forecasts
+    assert "right in" in printed and "nan" not in printed
+
+
+def test_a_result_that_a_kill_cut_is_dropped_before_the_next(tmp_path):
+    results = tmp_path / "results.jsonl"
+    results.write_text('{"key": "a"}\n{"key": "b", "lo')
+    assert [each["key"] for each in growth_runs.read_results(results)] == ["a"]
+    growth_runs.drop_torn_line(results)
+    with open(results, "a", encoding="utf-8") as file:
+        file.write('{"key": "c"}\n')
+    assert [each["key"] for each in growth_runs.read_results(results)] == ["a", "c"]
+
+
+def test_a_base_and_what_comes_of_it_read_different_text():
+    for run in growth.make_pretrained(0.008, 1):
+        parts = [segment.text for segment in run.segments]
+        later = parts[-2:]
+        assert later == [growth.LATER_TEXT] * 2 and set(parts[:-2]) <= {growth.BASE_TEXT}
+        assert {segment.peak_lr for segment in run.segments[:-2]} <= {growth.PRETRAINED_RATE}
+    assert growth.BASE_TEXT[1] <= growth.LATER_TEXT[0]
 
 
 def test_the_planners_factors_are_those_of_the_committed_results():
