@@ -2,14 +2,23 @@
 
 import importlib
 import json
+import math
 import os
 import pathlib
 import re
 import socket
 
+import jax.numpy as jnp
 import pytest
+import tokenizers
+import transformers
 from conftest import ROOT
 from test_architecture import RATE, WORDS
+from test_hub import contents, server  # noqa: F401
+
+from jaxpt.model import transformer
+from jaxpt.spec import ModelSpec
+from jaxpt.weights import huggingface
 
 COURSE = ROOT / "docs/course"
 PAGES = sorted(COURSE.glob("*.ipynb"))
@@ -103,6 +112,52 @@ def test_a_run_of_the_pages_gives_the_figures_that_they_show(course, tmp_path, c
             if abs(value - figure["here"]) > figure["within"]:
                 far.append(f"{page.name}: {name}: {value}, expected {figure}")
     assert not far
+
+
+@pytest.mark.slow
+def test_pages_take_the_courses_models_where_the_hub_answers(
+    course,
+    data_dir,
+    tmp_path,
+    server,
+    monkeypatch,
+    one,  # noqa: F811
+):
+    """Models of TinySolar's 12 layers, 32 wide, under the names of the course's."""
+    spec = ModelSpec(
+        n_layers=12,
+        d_model=32,
+        d_ff=64,
+        n_heads=2,
+        n_kv_heads=1,
+        d_head=16,
+        vocab_size=300,
+        max_seq_len=128,
+    )
+    words = tokenizers.ByteLevelBPETokenizer()
+    words.train_from_iterator(["def find_max(numbers):"], 300, special_tokens=["<s>", "</s>"])
+    words = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words._tokenizer, bos_token="<s>", eos_token="</s>"
+    )
+    for seed, name in enumerate(("", "-code-instruct", "-py")):
+        directory = tmp_path / f"model{seed}"
+        params = transformer.init_params(spec, seed, one, jnp.bfloat16)
+        huggingface.write_hf_model(spec, params, directory)
+        words.save_pretrained(directory)
+        server.commit(f"upstage/TinySolar-248m-4k{name}", contents(directory))
+    for name, value in {"HF_ENDPOINT": server.address, "HF_HUB_OFFLINE": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setenv("JAXPT_TEST_DATA", str(data_dir))
+    execute = course("execute")
+    for page in (PAGES[0], PAGES[5]):
+        notebook = execute.execute_page(page, tmp_path)
+        shown = "".join(
+            output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
+        )
+        assert "stand-in" not in shown and "TinySolar-248m-4k" in shown
+        assert all(math.isfinite(each["here"]) for each in execute.read_figures(notebook).values())
 
 
 @pytest.mark.slow

@@ -88,6 +88,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.asked.append(self.path)
         path, repos = self.path.split("?")[0], self.server.repos
+        if path == "/":
+            return self.reply()
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         name, revision = (found[1], found[3] or "main") if found else (file[1], file[2])
