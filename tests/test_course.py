@@ -119,9 +119,9 @@ def test_pages_take_the_courses_models_where_the_hub_answers(
     course,
     data_dir,
     tmp_path,
-    server,
+    server,  # noqa: F811
     monkeypatch,
-    one,  # noqa: F811
+    one,
 ):
     """Models of TinySolar's 12 layers, 32 wide, under the names of the course's."""
     spec = ModelSpec(

@@ -156,6 +156,33 @@ def test_nothing_overflows_and_every_text_stands_out_in_light_and_dark(page, see
     assert kept(dom, "light") == kept(dom, "dark") == []
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("name", ["", "plan/", "course/lesson1_why_pretraining/"])
+def test_the_site_overflows_nowhere_and_its_texts_stand_out(see, name, width):
+    site = ROOT / "site" / name / "index.html"
+    if not site.is_file():
+        pytest.skip("no site: bash scripts/docs.sh builds it")
+    look = """setTimeout(() => {
+      const root = document.documentElement;
+      const outside = [...document.querySelectorAll("main *, header *")]
+        .filter(each => each.checkVisibility())
+        .filter(each => each.getBoundingClientRect().right > root.clientWidth + 1)
+        .filter(each => !each.closest(".md-typeset__scrollwrap, pre, .md-sidebar, .md-search"));
+      keep("overflow", [root.scrollWidth - root.clientWidth, outside.length]);
+      for (const scheme of ["default", "slate"]) {
+        document.body.setAttribute("data-md-color-scheme", scheme);
+        keep(scheme, faint());
+      }
+      keep("count", count);
+    }, 1500)"""
+    base = f'<base href="{site.as_uri()}"><style>* {{transition: none !important}}</style>'
+    page = site.read_text(encoding="utf-8").replace("<head>", f"<head>{base}")
+    dom, _ = see(page, KEEP + CONTRAST + look, width)
+    assert kept(dom, "overflow") == [0, 0]
+    assert kept(dom, "count") > 500, "it looked"
+    assert kept(dom, "default") == kept(dom, "slate") == []
+
+
 def test_curves_are_redrawn_over_tokens_smoothed_and_on_logarithmic_axes(page, see):
     look = """const wait = () => new Promise(done => setTimeout(done, 700));
       const form = document.querySelector(".controls");
