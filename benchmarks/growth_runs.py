@@ -169,7 +169,7 @@ class Segment:
         moments: of the growth.
         shuffled: the tokens of each batch are in another order, the same for all of its sequences.
         peak_lr: of it and its schedule; 0 is the run's.
-        text: the part of the sequences that it reads, over and over: from and to, as shares. All of
+        text: the part of the sequences that it reads, over and over: from and to, as fractions. All of
             a schedule's segments read the same part.
     """
 
@@ -360,7 +360,7 @@ class Trainer:
 
         Args:
             run: whose batches.
-            text: the part of the sequences that they are of, from and to, as shares.
+            text: the part of the sequences that they are of, from and to, as fractions.
             n_steps: of the run before them, for all of the text.
             n_since: of the schedule before them, for a part of it.
         """
