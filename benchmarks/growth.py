@@ -590,9 +590,9 @@ PARTS = {
 def cut_into_documents(books: list[pathlib.Path], to: pathlib.Path) -> None:
     """Write books as documents of about 4,000 characters, cut between paragraphs.
 
-    A book's last characters, up to so many, are left out. One or two books leave none to hold out. The
-    text is that of the books alone: what is installed differs from machine to machine, and results
-    of two texts cannot be compared.
+    A book's last characters, up to so many, are left out. Cut, one book has documents to hold out.
+    The text is that of the books alone: what is installed differs from machine to machine, and
+    results of two texts cannot be compared.
     """
     to.parent.mkdir(parents=True, exist_ok=True)
     with open(to, "w", encoding="utf-8") as file:

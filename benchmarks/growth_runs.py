@@ -169,8 +169,8 @@ class Segment:
         moments: of the growth.
         shuffled: the tokens of each batch are in another order, the same for all of its sequences.
         peak_lr: of it and its schedule; 0 is the run's.
-        text: the part of the sequences that it reads, over and over: from and to, as fractions. All of
-            a schedule's segments read the same part.
+        text: the part of the sequences that it reads, over and over: from and to, as fractions. The
+            segments of one schedule read the same part.
     """
 
     n_steps: int
