@@ -42,9 +42,9 @@ class Transfer(NamedTuple):
 # results.
 TRANSFERS = {
     "depth up-scaling": Transfer(1.32, 1.32, 1.23, "3 layers, depth up-scaling at 50 %"),
-    "stacking": Transfer(1.59, 1.59, 1.58, "2 layers, stack at 50 %"),
-    "width growth": Transfer(1.00, 1.00, 3.29, "half the width, widened at 50 %"),
-    "late jump from one layer": Transfer(1.15, 1.15, 2.24, "1 layer, jump at 50 %"),
+    "stacking": Transfer(1.56, 1.56, 1.58, "2 layers, stack at 50 %"),
+    "width growth": Transfer(0.96, 0.96, 3.29, "half the width, widened at 50 %"),
+    "late jump from one layer": Transfer(1.11, 1.11, 2.24, "1 layer, jump at 50 %"),
 }
 JUMP_AFTER = 0.5  # of the tokens
 MAX_BEYOND = 1.5  # times a factor's growth; beyond it the base may count nothing
