@@ -214,19 +214,20 @@ def print_pretrained(results: Results) -> None:
         f"\n| | peak rate | loss | less {trained_on} | p (Holm) | less {scratch} | p (Holm) "
         "| seeds |\n|---|---|---|---|---|---|---|---|"
     )
-    rows, tests = {}, {}
+    compared, tests = {}, {}
     for base, by_name in bases.items():
         for name, runs in by_name.items():
-            row = rows[f"{base}, {name}"] = [], runs
+            differences: list[list[float]] = []
+            compared[f"{base}, {name}"] = differences, runs
             for control in (by_name[trained_on], arms[scratch]):
                 seeds = sorted(set(runs) & set(control)) if control is not runs else []
-                row[0].append([runs[seed]["loss"] - control[seed]["loss"] for seed in seeds])
+                differences.append([runs[seed]["loss"] - control[seed]["loss"] for seed in seeds])
                 if len(seeds) > 1:
-                    number = f"{base}, {name}, {len(row[0])}"
-                    tests[number] = growth_runs.paired_interval(row[0][-1])[2]
+                    number = f"{base}, {name}, {len(differences)}"
+                    tests[number] = growth_runs.paired_interval(differences[-1])[2]
     adjusted = adjust_by_holm(tests)
-    rows[scratch] = [[], []], arms[scratch]
-    for arm, (differences, runs) in rows.items():
+    compared[scratch] = [[], []], arms[scratch]
+    for arm, (differences, runs) in compared.items():
         cells = [
             f"{next(iter(runs.values()))['peak_lr']:g}",
             f"{mean_of(runs.values(), 'loss'):.3f}",
