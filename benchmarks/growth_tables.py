@@ -196,46 +196,13 @@ def find_laws(arms: Arms, full: str, n_full: int) -> dict[int, list[tuple[float,
 
 
 def print_pretrained(results: Results) -> None:
-    """Print what a base that exists is worth: its loss trained on, grown, and without it.
-
-    Differences are to the base trained on and to the child's size from scratch, seed by seed.
-    """
+    """Print what a base that exists is worth: less the child's size from scratch, less itself."""
     arms = group_by_arm(results, "pretrained")
     scratch = next((arm for arm in arms if "base" not in arm), "")
-    bases: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
-    for arm, runs in arms.items():
-        if arm != scratch:
-            base, _, name = arm.rpartition(", ")
-            bases.setdefault(base, {})[name] = runs
-    if not bases or not scratch:
-        return
-    trained_on = next(iter(next(iter(bases.values()))))
-    print(
-        f"\n| | peak rate | loss | less {trained_on} | p (Holm) | less {scratch} | p (Holm) "
-        "| seeds |\n|---|---|---|---|---|---|---|---|"
-    )
-    compared, tests = {}, {}
-    for base, by_name in bases.items():
-        for name, runs in by_name.items():
-            differences: list[list[float]] = []
-            compared[f"{base}, {name}"] = differences, runs
-            for control in (by_name[trained_on], arms[scratch]):
-                seeds = sorted(set(runs) & set(control)) if control is not runs else []
-                differences.append([runs[seed]["loss"] - control[seed]["loss"] for seed in seeds])
-                if len(seeds) > 1:
-                    number = f"{base}, {name}, {len(differences)}"
-                    tests[number] = growth_runs.paired_interval(differences[-1])[2]
-    adjusted = adjust_by_holm(tests)
-    compared[scratch] = [[], []], arms[scratch]
-    for arm, (differences, runs) in compared.items():
-        cells = [
-            f"{next(iter(runs.values()))['peak_lr']:g}",
-            f"{mean_of(runs.values(), 'loss'):.3f}",
-        ]
-        for number, values in enumerate(differences, 1):
-            p = adjusted.get(f"{arm}, {number}")
-            cells += [format_mean(values, "+.3f"), "" if p is None else f"{p:.2g}"]
-        print(f"| {arm} | " + " | ".join(cells) + f" | {len(runs)} |")
+    print_paired(results, "pretrained", scratch)
+    for base in dict.fromkeys(arm.rpartition(", ")[0] for arm in arms if arm != scratch):
+        of_base = [run for run in results if run["arm"].startswith(f"{base}, ")]
+        print_paired(of_base, "pretrained", f"{base}, trained on")
 
 
 def format_mean(values: list[float], form: str) -> str:
