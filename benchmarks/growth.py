@@ -222,11 +222,32 @@ ALSO_SHUFFLED = ("2 layers, stack at 50 %",)  # a base that learns nothing of or
 FRESH, SHUFFLED = ", fresh moments", ", its base on shuffled tokens"
 # of the frontier, whose best of both is not at the edge
 FRONTIER_RATES = {"1 layer, never grown": 4e-3, "2 layers, never grown": 4e-3}
+# What is made first, for all seeds, beside the full size: the best small model left alone, and what
+# may win. The others explain it.
+DECIDING = (
+    "3 layers, never grown",
+    "1 layer, jump at 50 %",
+    "1 layer, jump at 70 %",
+    "2 layers, stack at 50 %",
+    "2 layers, deepen at 50 %",
+    "3 layers, depth up-scaling at 50 %",
+)
 
 
 def plan_arms(results: list[dict[str, Any]]) -> list[Run]:
-    """Return every arm at several rates on one seed; then all arms at their best on the others."""
-    return plan_tuned(make_arms, "arms", ARM_SEEDS, FRONTIER_RATES, results)
+    """Return every arm at several rates on one seed; then all arms at their best on the others.
+
+    The others wait until all that decide are there.
+    """
+    runs = plan_tuned(make_arms, "arms", ARM_SEEDS, FRONTIER_RATES, results)
+    deciding = [run for run in runs if is_deciding(run.arm)]
+    done = {result["key"] for result in results}
+    return runs if all(run.key in done for run in deciding) else deciding
+
+
+def is_deciding(arm: str) -> bool:
+    """Return whether a seed of `arms` counts only if it has this arm."""
+    return arm in DECIDING or arm.endswith("of the FLOPs")
 
 
 def plan_tuned(
@@ -268,8 +289,9 @@ TUNED_PARTS: dict[str, dict[str, float]] = {"arms": FRONTIER_RATES, "pretrained"
 def select_compared(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return results for tables: of `arms` and `pretrained` the seeds at the best rates.
 
-    A seed counts once all arms have it. Until one does, tables are of the seed that chooses rates.
-    Its runs at all rates are a part of their own, "arms, rates" or "pretrained, rates".
+    A seed counts once all arms have it; of `arms`, all that decide. Until one does, tables are of
+    the seed that chooses rates. Its runs at all rates are a part of their own, "arms, rates" or
+    "pretrained, rates".
     """
     chosen = [result for result in results if result["part"] not in TUNED_PARTS]
     for part, known in TUNED_PARTS.items():
@@ -287,8 +309,10 @@ def select_compared(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 is_best = rate == best.get(name_tuned(arm))
             if is_best:
                 seeds.setdefault(seed, {})[arm] = result
-        arms = {arm for found in seeds.values() for arm in found}
-        whole = [seed for seed in seeds if seed != ARM_RATE_SEED and seeds[seed].keys() == arms]
+        needed = {arm for found in seeds.values() for arm in found}
+        if part == "arms":
+            needed = {arm for arm in needed if is_deciding(arm)}
+        whole = [seed for seed in seeds if seed != ARM_RATE_SEED and seeds[seed].keys() >= needed]
         for seed in whole or [ARM_RATE_SEED]:
             chosen += seeds.get(seed, {}).values()
     return chosen

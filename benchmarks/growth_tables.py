@@ -89,7 +89,7 @@ def print_paired(results: Results, part: str, control: str) -> None:
         if arm != control and len(shared) > 1:
             differences[arm] = [runs[s]["loss"] - arms[control][s]["loss"] for s in shared]
     tests = {arm: growth_runs.paired_interval(values)[2] for arm, values in differences.items()}
-    adjusted = adjust_by_holm(tests)
+    adjusted = adjust_by_holm(tests, len(arms) - 1)
     for arm, runs in sorted(arms.items(), key=lambda item: mean_of(item[1].values(), "loss")):
         first = next(iter(runs.values()))
         difference = format_mean(differences.get(arm, []), "+.3f")
@@ -247,11 +247,11 @@ def mean_of(results: Iterable[dict[str, Any]], key: str) -> float:
     return statistics.mean(result[key] for result in results)
 
 
-def adjust_by_holm(values: dict[str, float]) -> dict[str, float]:
-    """Return p values adjusted for as many tests (Holm 1979)."""
+def adjust_by_holm(values: dict[str, float], n_tests: int) -> dict[str, float]:
+    """Return p values adjusted for a number of tests (Holm 1979); some may still be to come."""
     adjusted, highest = {}, 0.0
     for rank, (name, p) in enumerate(sorted(values.items(), key=lambda item: item[1])):
-        highest = max(highest, min(1.0, (len(values) - rank) * p))
+        highest = max(highest, min(1.0, (n_tests - rank) * p))
         adjusted[name] = highest
     return adjusted
 

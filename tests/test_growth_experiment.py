@@ -1,5 +1,6 @@
 """Laws of the growth experiment (benchmarks/growth.py): rates, equal FLOPs, and what is fitted."""
 
+import dataclasses
 import re
 
 import pytest
@@ -27,20 +28,22 @@ def test_rates_are_tried_until_the_best_is_not_at_the_edge():
 
 
 def test_a_seed_that_chose_rates_compares_no_arms():
-    runs = growth.plan_arms([])
-    assert {run.seed for run in runs if run.arm == "1 layer, never grown"} == {1, 2, 3, 4, 5}
-    assert {run.seed for run in runs if "stack" in run.arm} == {0}
+    assert {run.seed for run in growth.plan_arms([])} == {growth.ARM_RATE_SEED}
     done = [
         make_result(run, loss=3.0 + abs(rate - 0.008))
         for rate in (0.004, 0.008, 0.016)
         for run in growth.make_arms(rate, 0)
     ]
-    planned = [run for run in growth.plan_arms(done) if run.seed > 0]
+    first = [run for run in growth.plan_arms(done) if run.seed > 0]
+    assert {run.arm for run in first} >= set(growth.DECIDING)
+    results = [*done, *map(make_result, first)]
+    planned = [run for run in growth.plan_arms(results) if run.seed > 0]
     assert {run.peak_lr for run in planned if run.arm not in growth.FRONTIER_RATES} == {0.008}
-    assert len(planned) == 5 * len(growth.make_arms(0.008, 0))
-    compared = [*done, *map(make_result, planned)]
-    tables = [run for run in growth.select_compared(compared) if run["part"] == "arms"]
-    assert {run["seed"] for run in tables} == {1, 2, 3, 4, 5} and len(tables) == len(planned)
+    assert len(first) < len(planned) == 5 * len(growth.make_arms(0.008, 0))
+    for runs in first, planned:
+        compared = [*done, *map(make_result, runs)]
+        tables = [run for run in growth.select_compared(compared) if run["part"] == "arms"]
+        assert {run["seed"] for run in tables} == {1, 2, 3, 4, 5} and len(tables) == len(runs)
 
 
 @pytest.mark.parametrize("run", growth.make_arms(0.004, 0), ids=lambda run: run.arm)
@@ -76,8 +79,12 @@ def test_tables_average_a_part_alone_and_only_seeds_that_all_arms_have(capsys):
         for rate, loss in ((0.004, 5.5), (0.008, 5.0), (0.016, 5.6)):
             results += [make_result(run, loss) for run in make(rate, growth.ARM_RATE_SEED)]
         for seed, loss in ((1, 3.0), (2, 3.25), (3, 7.0)):
-            runs = [run for run in growth.PARTS[part](results) if run.seed == seed]
-            runs = runs[:-1] if seed == 3 else runs
+            rates = growth.find_arm_rates(results, part, growth.TUNED_PARTS[part])
+            runs = [run for run in make(0.008, seed) if growth.name_tuned(run.arm) in rates]
+            runs = [
+                dataclasses.replace(run, peak_lr=rates[growth.name_tuned(run.arm)]) for run in runs
+            ]
+            runs = runs[1:] if seed == 3 else runs
             results += [make_result(run, loss - number / 1e3) for number, run in enumerate(runs)]
     results += [make_result(run, 9.0) for run in growth.plan_holdout(results)]
     results += [
@@ -139,6 +146,7 @@ def make_result(run: growth_runs.Run, loss: float = 3.0) -> dict:
             parent = growth_runs.Parent(spec)
             spec = growth_runs.plan_growth(segment.operator, parent).child
     result = {
+        "key": run.key,
         **growth_runs.dataclasses.asdict(run),
         "n_params": growth_runs.transformer.count_params(spec),
         "tokens": n_steps * run.batch_size * growth_runs.SEQ_LEN,
