@@ -18,12 +18,12 @@ from conftest import ROOT
 from made_runs import HOSTILE, SPEC, Page, growth, write_json, write_manifest, write_runs
 
 from jaxpt import io, stage
-from jaxpt.report import evaluation, figures, head, live, read, summary, training
+from jaxpt.report import evaluation, figures, head, live, plan, read, summary, training
 from jaxpt.report import growth as growth_module
 from jaxpt.report.format import format_seconds
 from jaxpt.report.page import SECTIONS, render_page, write_report
 from jaxpt.report.read import MAX_DROPPED, MAX_EXCERPT, load_run, load_runs
-from jaxpt.report.records import Phase, RunEvent
+from jaxpt.report.records import Comparison, Phase, RunEvent, Strategy, Target
 from jaxpt.spec import UserError
 
 
@@ -306,6 +306,28 @@ def test_what_the_run_took_is_listed_below_its_plan(runs, tmp_path):
     )
     assert load_run(runs[0]).start is None
     assert "measured pace" not in render_page(load_runs([runs[0]]))
+
+
+def test_time_that_a_plan_does_not_know_is_an_empty_cell_and_never_is_said_of_a_strategy():
+    for fields in (
+        {},
+        {"hours": None},
+        {"hours": math.nan},
+        {"expected": {}, "slow": {"hours": 2}},
+    ):
+        target = Target.from_json({"target": "h100:8", **fields})
+        assert plan.list_target(target)[-2:] == ["", ""], fields
+    known = Target.from_json({"target": "h100:8", "hours": 0.5, "low": {"hours": 0.25}})
+    assert plan.list_target(known)[-2] == "30 minutes"
+    for hours, cell in (
+        (None, ""),
+        ((), ""),
+        ((None, None), "never"),
+        ((0.25, None), "15–never minutes"),
+        ((2.0, 3.5), "2–3.5 hours"),
+    ):
+        table = plan.make_comparison_table(Comparison((Strategy("stack", hours=hours),)))
+        assert table.rows[0][4:] == [cell, ""], hours
 
 
 def test_documents_on_which_two_models_differ_are_shown_by_token_in_colors_and_in_numbers(

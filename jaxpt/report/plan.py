@@ -157,23 +157,24 @@ def format_range(target: Target, field: str, format_number: Formatter) -> str:
 
 
 def list_ends(target: Target, field: str) -> list[float]:
-    """Return the ends of a range, lowest first, or the expected number if no range was planned."""
+    """Return a range's ends, lowest first; without a range what is expected; [] if not known."""
     ends = []
     for projection in (target.slow, target.fast):
         value = finite_or_none(getattr(projection, field, None))
         if value is not None:
             ends.append(value)
+    expected = finite_or_none(getattr(target.expected, field))
     if len(ends) < 2:
-        ends = [getattr(target.expected, field)]
+        ends = [] if expected is None else [expected]
     return sorted(ends)
 
 
 def format_hours(ends: Sequence[float | None]) -> str:
-    """Return a range of hours in the unit that suits it: 0.002 is "7.2 seconds"."""
+    """Return hours in the unit that suits them, 0.002 as "7.2 seconds"; "never" for None."""
     found = [finite_or_none(end) for end in ends]
     unit, per_hour = choose_time_unit(found)
     texts = ["never" if end is None else format_significant(per_hour * end) for end in found]
-    return f"{join_ends(texts)} {unit}" if any(end is not None for end in found) else "never"
+    return f"{join_ends(texts)} {unit}" if set(found) - {None} else join_ends(texts)
 
 
 def join_ends(texts: Iterable[str]) -> str:
