@@ -28,8 +28,9 @@ import dataclasses
 import json
 import os
 import pathlib
+import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
@@ -222,10 +223,10 @@ ALSO_SHUFFLED = ("2 layers, stack at 50 %",)  # a base that learns nothing of or
 FRESH, SHUFFLED = ", fresh moments", ", its base on shuffled tokens"
 # of the frontier, whose best of both is not at the edge
 FRONTIER_RATES = {"1 layer, never grown": 4e-3, "2 layers, never grown": 4e-3}
-# What is made first, for all seeds, beside the full size: the best small model left alone, and what
-# may win. The others explain it.
+# What is made first, for all seeds: the rivals, which are the full size and the best small model
+# left alone, and what may win. The others explain it.
+RIVAL = "3 layers, never grown"
 DECIDING = (
-    "3 layers, never grown",
     "1 layer, jump at 50 %",
     "1 layer, jump at 70 %",
     "2 layers, stack at 50 %",
@@ -237,17 +238,26 @@ DECIDING = (
 def plan_arms(results: list[dict[str, Any]]) -> list[Run]:
     """Return every arm at several rates on one seed; then all arms at their best on the others.
 
-    The others wait until all that decide are there.
+    Rivals train at both of ARM_RATES there. What does not decide waits until all that does is done.
     """
     runs = plan_tuned(make_arms, "arms", ARM_SEEDS, FRONTIER_RATES, results)
+    for rate in ARM_RATES:
+        for seed in ARM_SEEDS:
+            runs += [run for run in make_arms(rate, seed) if is_rival(run.arm)]
+    runs = list({run.key: run for run in runs}.values())
     deciding = [run for run in runs if is_deciding(run.arm)]
     done = {result["key"] for result in results}
     return runs if all(run.key in done for run in deciding) else deciding
 
 
+def is_rival(arm: str) -> bool:
+    """Return whether growing must beat this arm."""
+    return arm == RIVAL or arm.endswith("of the FLOPs")
+
+
 def is_deciding(arm: str) -> bool:
     """Return whether a seed of `arms` counts only if it has this arm."""
-    return arm in DECIDING or arm.endswith("of the FLOPs")
+    return arm in DECIDING or is_rival(arm)
 
 
 def plan_tuned(
@@ -295,27 +305,54 @@ def select_compared(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     chosen = [result for result in results if result["part"] not in TUNED_PARTS]
     for part, known in TUNED_PARTS.items():
-        best = find_arm_rates(results, part, known)
-        tried = collect_tried(results, part)
-        seeds: dict[int, dict[str, dict[str, Any]]] = {}
-        for result in results:
-            arm, rate, seed = result["arm"], result["peak_lr"], result["seed"]
-            if result["part"] != part:
-                continue
-            if seed == ARM_RATE_SEED:
+        of_part = [result for result in results if result["part"] == part]
+        for result in of_part:
+            if result["seed"] == ARM_RATE_SEED:
                 chosen.append({**result, "part": f"{part}, rates"})
-                is_best = rate == min(tried[arm], key=lambda each: tried[arm][each])
-            else:
-                is_best = rate == best.get(name_tuned(arm))
-            if is_best:
-                seeds.setdefault(seed, {})[arm] = result
+        best = find_arm_rates(results, part, known)
+        seeds = group_by_seed(of_part, best)
         needed = {arm for found in seeds.values() for arm in found}
         if part == "arms":
             needed = {arm for arm in needed if is_deciding(arm)}
         whole = [seed for seed in seeds if seed != ARM_RATE_SEED and seeds[seed].keys() >= needed]
+        seeds = group_by_seed(of_part, best | find_rival_rates(of_part, whole))
         for seed in whole or [ARM_RATE_SEED]:
             chosen += seeds.get(seed, {}).values()
     return chosen
+
+
+def group_by_seed(
+    results: list[dict[str, Any]], best: dict[str, float]
+) -> dict[int, dict[str, dict[str, Any]]]:
+    """Return seed -> arm -> its result at the best rate; of the seed that chooses, the lowest."""
+    seeds: dict[int, dict[str, dict[str, Any]]] = {}
+    for result in results:
+        arm = result["arm"]
+        found = seeds.setdefault(result["seed"], {})
+        if result["seed"] == ARM_RATE_SEED:
+            if result["loss"] <= found.get(arm, result)["loss"]:
+                found[arm] = result
+        elif result["peak_lr"] == best.get(name_tuned(arm)):
+            found[arm] = result
+    return seeds
+
+
+def find_rival_rates(results: list[dict[str, Any]], seeds: Collection[int]) -> dict[str, float]:
+    """Return rival -> its best rate over the very seeds that compare: rivals choose in hindsight.
+
+    One seed cannot tell rates apart that are within 0.03 nats. Chosen so, a rival is at its best,
+    and what beats it does not do so by its rate.
+    """
+    losses: dict[str, dict[float, list[float]]] = {}
+    for result in results:
+        if is_rival(result["arm"]) and result["seed"] in seeds:
+            rates = losses.setdefault(result["arm"], {})
+            rates.setdefault(result["peak_lr"], []).append(result["loss"])
+    best = {}
+    for arm, rates in losses.items():
+        means = {rate: statistics.mean(of) for rate, of in rates.items() if len(of) == len(seeds)}
+        best[arm] = min(means, key=lambda rate: means[rate])
+    return best
 
 
 def list_rates(losses: dict[float, float]) -> list[float]:

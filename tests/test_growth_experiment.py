@@ -28,7 +28,8 @@ def test_rates_are_tried_until_the_best_is_not_at_the_edge():
 
 
 def test_a_seed_that_chose_rates_compares_no_arms():
-    assert {run.seed for run in growth.plan_arms([])} == {growth.ARM_RATE_SEED}
+    start = [run for run in growth.plan_arms([]) if not growth.is_rival(run.arm)]
+    assert {run.seed for run in start} == {growth.ARM_RATE_SEED}
     done = [
         make_result(run, loss=3.0 + abs(rate - 0.008))
         for rate in (0.004, 0.008, 0.016)
@@ -38,12 +39,21 @@ def test_a_seed_that_chose_rates_compares_no_arms():
     assert {run.arm for run in first} >= set(growth.DECIDING)
     results = [*done, *map(make_result, first)]
     planned = [run for run in growth.plan_arms(results) if run.seed > 0]
-    assert {run.peak_lr for run in planned if run.arm not in growth.FRONTIER_RATES} == {0.008}
-    assert len(first) < len(planned) == 5 * len(growth.make_arms(0.008, 0))
+    rivals = [run for run in planned if growth.is_rival(run.arm)]
+    assert {(run.seed, run.peak_lr) for run in rivals} == {
+        (seed, rate) for seed in (1, 2, 3, 4, 5) for rate in growth.ARM_RATES
+    }
+    others = [run for run in planned if run not in rivals]
+    assert {run.peak_lr for run in others if run.arm not in growth.FRONTIER_RATES} == {0.008}
+    n_arms = len(growth.make_arms(0.008, 0))
+    assert len(first) < len(planned) and len(others) + len(rivals) / 2 == 5 * n_arms
     for runs in first, planned:
-        compared = [*done, *map(make_result, runs)]
+        compared = [*done, *(make_result(run, 3.0 + run.peak_lr) for run in runs)]
         tables = [run for run in growth.select_compared(compared) if run["part"] == "arms"]
-        assert {run["seed"] for run in tables} == {1, 2, 3, 4, 5} and len(tables) == len(runs)
+        assert {run["seed"] for run in tables} == {1, 2, 3, 4, 5}
+        assert len(tables) == len(runs) - len(rivals) / 2
+        rates = {run["peak_lr"] for run in tables if growth.is_rival(run["arm"])}
+        assert rates == {0.004}, "a rival takes the rate that is best over the seeds that compare"
 
 
 @pytest.mark.parametrize("run", growth.make_arms(0.004, 0), ids=lambda run: run.arm)
