@@ -15,6 +15,7 @@ import logging
 import math
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -30,15 +31,17 @@ from jaxpt.train.records import HeldoutMetrics
 log = logging.getLogger(__name__)
 
 SEEDS = ("initialize.seed", "mixture.seed")  # combinations that differ in these are repeats
+# exit statuses of a run after Ctrl-C or SIGTERM; any other signal is a crash of its own
+STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 LENGTH = "train.steps"  # and in this, budgets of one arm
 FORBIDDEN = re.compile(r"[^\w.,=+-]+")  # in a directory's name
 
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """A knob, such as optim.peak_lr, and the values to try."""
+    """Knobs that have the same value, such as optim.peak_lr alone, and the values to try."""
 
-    knob: str
+    knobs: tuple[str, ...]
     values: tuple[Any, ...]
 
 
@@ -86,35 +89,40 @@ def short_name(knob: str) -> str:
 
 
 def parse_axis(text: str) -> Axis:
-    """Return KNOB=VALUE,VALUE... as an axis.
+    """Return KNOB=VALUE,VALUE... or KNOB+KNOB=VALUE,VALUE... as an axis.
 
     Raises:
         UserError: it is none.
     """
-    knob, equals, values = text.partition("=")
-    knob = knob.removeprefix("--config.").removeprefix("config.")
+    names, equals, values = text.partition("=")
+    knobs = tuple(
+        name.removeprefix("--config.").removeprefix("config.") for name in names.split("+")
+    )
     try:
         parsed = ast.literal_eval(f"({values},)")
     except (SyntaxError, ValueError):
         parsed = tuple(values.split(","))
-    if not equals or "." not in knob or "" in parsed:
+    if not equals or not all("." in knob for knob in knobs) or "" in parsed:
         raise UserError(
             f"--over {text}: expected SECTION.KNOB=VALUE,VALUE..., such as "
-            "optim.peak_lr=1e-3,2e-3,4e-3."
+            "optim.peak_lr=1e-3,2e-3,4e-3, or SECTION.KNOB+SECTION.KNOB=VALUE,VALUE..."
         )
     if len(set(map(repr, parsed))) < len(parsed):
         raise UserError(f"--over {text}: names a value twice.")
-    return Axis(knob, parsed)
+    return Axis(knobs, parsed)
 
 
 def list_cells(axes: Sequence[Axis]) -> list[Cell]:
     """Return every combination, the last axis fastest. Raise UserError for a knob twice."""
-    names = [axis.knob for axis in axes]
+    names = [knob for axis in axes for knob in axis.knobs]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--over {name}: given twice. Put all its values into one.")
-    products = itertools.product(*(axis.values for axis in axes))
-    return [Cell(dict(zip(names, values, strict=True))) for values in products]
+    cells = []
+    for values in itertools.product(*(axis.values for axis in axes)):
+        chosen = zip(axes, values, strict=True)
+        cells.append(Cell({knob: value for axis, value in chosen for knob in axis.knobs}))
+    return cells
 
 
 def run_sweep(
@@ -155,9 +163,11 @@ def run_sweep(
         log.info(f"sweep: {number} of {len(cells)}: {cell.name}")
         words = ["train", "--config", recipe, "--workdir", str(run_dir), *shared, *cell.overrides]
         status = subprocess.run([sys.executable, "-m", "jaxpt", *words], check=False).returncode
-        if status < 0 or status == 130:  # killed, or Ctrl-C: not this run alone is to stop
+        if status in STOPPED:  # not this run alone is to stop
             raise SystemExit(130)
-        if status:
+        if status and is_held(run_dir):
+            log.info(f"sweep: {cell.name}: another process was at it first")
+        elif status:
             failed.append(cell.name)
             log.warning(f"sweep: {cell.name} failed: jaxpt {shlex.join(words)}")
     print(format_results(cells, workdir))

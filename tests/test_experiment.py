@@ -88,6 +88,19 @@ def test_the_deviation_of_a_seed_is_shared_with_the_control(sweep):
     assert lion.high / lion.low < 2.5  # unpaired: above 20
 
 
+def test_an_arm_is_tested_on_the_seeds_of_the_control_alone(tmp_path):
+    """The control has one seed, 0.2 nats worse than others: one arm has it too, one does not."""
+    runs = {}
+    for arm, seeds in (("control", (0,)), ("shared", (0, 1, 2)), ("apart", (1, 2))):
+        for seed in seeds:
+            runs[f"{arm},{seed}"] = arm, seed, 800
+            write_run(tmp_path / f"{arm},{seed}", 800, deviation=0.0 if seed else 0.2)
+    write_sweep(tmp_path, runs)
+    _, shared, apart = experiment.read_experiment(tmp_path).arms
+    assert (shared.outcome, apart.outcome) == ("untested", "untested")
+    assert shared.speedups["flops"].factor == pytest.approx(1, rel=0.03)
+
+
 def test_a_control_of_one_length_is_fitted_within_its_runs(tmp_path):
     runs = {}
     for lr, speed in ((1, 1.0), (2, 0.5)):

@@ -32,12 +32,24 @@ def test_every_combination_is_a_run_of_its_own_name():
     assert cells[1].overrides == ["--config.optim.peak_lr=0.001", "--config.mixture.seed=1"]
 
 
+def test_knobs_joined_by_plus_change_together():
+    axes = ["initialize.seed+mixture.seed=3,5", "optim.peak_lr=1e-3,2e-3"]
+    cells = sweep.list_cells(list(map(sweep.parse_axis, axes)))
+    assert [cell.seeds for cell in cells[::2]] == [
+        "initialize.seed=3, mixture.seed=3",
+        "initialize.seed=5, mixture.seed=5",
+    ]
+    assert len(cells) == 4 and len({cell.group for cell in cells}) == 2
+    with pytest.raises(UserError, match=r"mixture\.seed: given twice"):
+        sweep.list_cells([sweep.parse_axis(text) for text in (axes[0], "mixture.seed=1")])
+
+
 def test_values_are_words_numbers_or_tuples():
     assert sweep.parse_axis("optim.schedule=wsd,cosine").values == ("wsd", "cosine")
     assert sweep.parse_axis("model.n_layers=4").values == (4,)
     pair = sweep.parse_axis("train.grow=((4,'stack(g=2)'),),()").values
     assert pair == (((4, "stack(g=2)"),), ())
-    [first, second] = sweep.list_cells([sweep.Axis("train.grow", pair)])
+    [first, second] = sweep.list_cells([sweep.Axis(("train.grow",), pair)])
     assert "/" not in first.name and " " not in first.name and first.name != second.name
 
 
@@ -67,6 +79,45 @@ def test_what_is_no_axis_is_refused(text):
         UserError, match=r"--over .*: (expected SECTION\.KNOB=|names a value twice)"
     ):
         sweep.parse_axis(text)
+
+
+# what the recipe does in the process of a run, and not in that of the sweep
+CRASH = """
+    import os, sys
+    if sys.argv[1] == "train":
+        os.kill(os.getpid(), 9)
+"""
+TAKEN = """
+    import subprocess, sys
+    if sys.argv[1] == "train":
+        run_dir = sys.argv[sys.argv.index("--workdir") + 1]
+        code = (
+            "import pathlib, sys, time; from jaxpt import io\\n"
+            "run_dir = pathlib.Path(sys.argv[1]); run_dir.mkdir(parents=True)\\n"
+            "with io.hold(run_dir):\\n"
+            "    print('held', flush=True); time.sleep(20)"
+        )
+        other = subprocess.Popen([sys.executable, "-c", code, run_dir], stdout=subprocess.PIPE)
+        other.stdout.readline()
+"""
+
+
+@pytest.mark.parametrize(("what", "status"), [(CRASH, 1), (TAKEN, 0)], ids=["crash", "taken"])
+def test_a_run_that_crashes_or_that_another_process_takes_does_not_stop_the_others(
+    texts, tmp_path, what, status
+):
+    (tmp_path / "recipe.py").write_text(RECIPE.replace("    return c", f"{what}    return c"))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/packed").symlink_to(texts / "base/packed")
+    words = [sys.executable, "-m", "jaxpt", "sweep", "--config", "recipe.py", "--workdir", "runs"]
+    words += ["--over", "optim.peak_lr=1e-3,2e-3"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    if what == CRASH:
+        assert "2 of the runs failed: peak_lr=0.001; peak_lr=0.002" in done.stderr, done.stderr
+    else:
+        assert done.stderr.count("another process was at it first") == 2, done.stderr
 
 
 @pytest.mark.slow

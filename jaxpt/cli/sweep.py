@@ -5,7 +5,7 @@ again, the command goes on where it was stopped; given on several hosts with a s
 divides the work among them.
 
     jaxpt sweep --config configs/quickstart.py --workdir runs/base \
-        --over optim.peak_lr=1e-3,2e-3,4e-3 initialize.seed=0,1
+        --over optim.peak_lr=1e-3,2e-3,4e-3 initialize.seed+mixture.seed=0,1
     jaxpt sweep --config configs/quickstart.py --workdir runs/depths \
         --over model.n_layers=2,4,8 --config.train.steps=600
 """
@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="KNOB=VALUE,...",
-        help="a knob of the recipe and its values; several make every combination",
+        help="a knob of the recipe and its values; several make every combination; KNOB+KNOB=... "
+        "gives two the same value",
     )
     options.add_knobs(parser, SECTIONS)
 

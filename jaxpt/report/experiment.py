@@ -62,7 +62,8 @@ class Arm(Record):
     """What became of a combination of values."""
 
     name: str
-    outcome: str  # control, faster, slower, undecided, untested (one seed) or unfinished
+    # control, faster, slower, undecided, untested (under two of the control's seeds) or unfinished
+    outcome: str
     sentence: str
     n_seeds: int = 0
     loss: float = math.nan  # of its longest runs, nats per token
@@ -128,17 +129,21 @@ def compare_arms(arms: dict[str, list[Trained]], where: str) -> Experiment:
     control, *others = arms
     points, law_of = choose_law_points(arms[control], where)
     laws = {cost: fit_law(points, cost) for cost in COSTS}
-    ends = {name: list_ends(arms[name], arms[control]) for name in others}
-    moved = {name: move_laws(laws, arms[name], arms[control]) for name in arms}
-    gains = {name: list_gains(ends[name], moved[name]["flops"]) for name in others}
-    p_values = adjust_by_holm({name: compute_p_value(gains[name]) for name in others})
+    references = {name: choose_reference(arms[name], arms[control]) for name in arms}
+    moved = {name: move_laws(laws, references[name]) for name in arms}
+    paired = {name: list_paired_ends(arms[name], references[name]) for name in others}
+    ends = {
+        name: paired[name] or [run.points[-1] for run in longest(arms[name])] for name in others
+    }
+    tested = {name: list_gains(paired[name], moved[name]["flops"]) for name in others}
+    p_values = adjust_by_holm({name: compute_p_value(tested[name]) for name in others})
     compared = [describe_arm(arms[control], Arm(control, "control", ""))]
     for name in others:
         speedups = {}
         if ends[name]:
             for cost, law in moved[name].items():
                 speedups[cost] = estimate_speedup(ends[name], arms[control], law, cost)
-        outcome = choose_outcome(gains[name], p_values[name])
+        outcome = choose_outcome(tested[name], p_values[name]) if ends[name] else "unfinished"
         arm = Arm(name, outcome, "", speedups=speedups, p_value=p_values[name])
         compared.append(describe_arm(arms[name], arm))
     return Experiment(control, law_of, moved[control], tuple(compared))
@@ -181,17 +186,21 @@ def fit_law(points: Iterable[Point], cost: str) -> scaling.ScalingLaw:
     return scaling.solve_scaling_law(found, scaling.SCALING_LAWS["chinchilla"])
 
 
+def choose_reference(runs: list[Trained], control: list[Trained]) -> list[Trained]:
+    """Return the control's runs as long as an arm's longest; if it has none, its own longest."""
+    lengths = {run.n_steps for run in longest(runs)}
+    return [run for run in control if run.n_steps in lengths] or longest(control)
+
+
 def move_laws(
-    laws: dict[str, scaling.ScalingLaw], runs: list[Trained], control: list[Trained]
+    laws: dict[str, scaling.ScalingLaw], reference: list[Trained]
 ) -> dict[str, scaling.ScalingLaw]:
-    """Return the laws, moved to the mean end of the control's runs as long as an arm's longest.
+    """Return the laws, moved to the mean end of the control's runs that an arm is compared with.
 
     What a law misses there would be every arm's gain: one of losses within runs does not know what
-    the decay brings. Where the control has no run of that length, it is the end of its longest.
+    the decay brings.
     """
-    lengths = {run.n_steps for run in longest(runs)}
-    ends = [run.points[-1] for run in control if run.n_steps in lengths]
-    ends = ends or [run.points[-1] for run in longest(control)]
+    ends = [run.points[-1] for run in reference]
     moved = {}
     for cost, law in laws.items():
         misses = [end.loss - law.predict_loss(1, getattr(end, cost)) for end in ends]
@@ -202,21 +211,19 @@ def move_laws(
 # ---- speed-ups
 
 
-def list_ends(runs: list[Trained], control: list[Trained]) -> list[Point]:
-    """Return the end of each of an arm's longest runs.
+def list_paired_ends(runs: list[Trained], reference: list[Trained]) -> list[Point]:
+    """Return the ends of an arm's longest runs whose seeds the control has too.
 
-    Where the control has a run of the same seed and length, the seed's deviation from the
-    control's mean is taken off the loss.
+    The seed's deviation from the control's mean is taken off the loss: what seeds do to the control
+    is no arm's gain, and an arm without the control's seeds cannot be tested.
     """
-    pairs = {(run.seeds, run.n_steps): run.points[-1].loss for run in control}
+    losses = {run.seeds: run.points[-1].loss for run in reference}
+    mean = statistics.mean(losses.values()) if losses else 0.0
     ends = []
     for run in longest(runs):
         end = run.points[-1]
-        if (run.seeds, run.n_steps) in pairs:
-            alike = [pairs[pair] for pair in pairs if pair[1] == run.n_steps]
-            deviation = pairs[run.seeds, run.n_steps] - statistics.mean(alike)
-            end = end._replace(loss=end.loss - deviation)
-        ends.append(end)
+        if run.seeds in losses:
+            ends.append(end._replace(loss=end.loss - (losses[run.seeds] - mean)))
     return ends
 
 
@@ -280,10 +287,8 @@ def adjust_by_holm(p_values: dict[str, float]) -> dict[str, float]:
 
 
 def choose_outcome(gains: list[float], p_value: float) -> str:
-    """Return the outcome of an arm in a word."""
-    if not gains:
-        return "unfinished"
-    if len(gains) == 1:
+    """Return the outcome of an arm in a word, by its gains on the control's seeds."""
+    if len(gains) < 2:
         return "untested"
     if p_value >= LEVEL:
         return "undecided"
@@ -342,8 +347,8 @@ def make_experiment(experiment: Experiment) -> ExperimentView:
     caption = (
         f"Control: {experiment.control}; its law is fitted to {experiment.law_of}, and moved to "
         "what its runs as long as the arm's end at. Speed-up: what the control would spend to "
-        "reach the arm's loss, over what the arm spent. Outcomes: t test over seeds against the "
-        "law, Holm's correction over arms, 5 %."
+        "reach the arm's loss, over what the arm spent. Outcomes: t test over the seeds that the "
+        "control has too, Holm's correction over arms, 5 %."
     )
     table = Table([*heads, "seeds"], rows, caption, n_text_columns=2)
     return ExperimentView([arm.sentence for arm in experiment.arms], table)
