@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -147,7 +148,7 @@ def set_base_shape(spec: ModelSpec, text: str) -> ModelSpec:
     """Return a model with the base shape of config.model; "" leaves what it has.
 
     Raises:
-        UserError: that is no shape, or the model was trained with another one.
+        UserError: that is no shape, the model was trained with another one, or rates cannot follow.
     """
     if not text:
         return spec
@@ -163,6 +164,11 @@ def set_base_shape(spec: ModelSpec, text: str) -> ModelSpec:
                 "Leave it out, or set it to that."
             )
         return spec
+    if math.isclose(spec.embed_multiplier, spec.d_model**0.5, rel_tol=0.01) and spec.d_model > 1:
+        raise UserError(
+            f"model.base_shape: {spec.family} multiplies its embedding by the root of the width, "
+            "so rates found at one width are not those of another. Leave base_shape out."
+        )
     n_layers, d_model = map(int, match.groups())
     narrower = d_model / spec.d_model
     base = BaseShape(n_layers, d_model, narrower * spec.d_ff, narrower * spec.n_heads)

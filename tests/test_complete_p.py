@@ -206,6 +206,14 @@ def test_a_base_that_is_no_shape_is_refused(text):
         initialize.make_random_spec(ModelConfig(vocab_size=96, base_shape=text), None)
 
 
+def test_a_family_whose_embedding_grows_with_the_width_is_refused():
+    gemma = SPEC.replace(family="gemma2", embed_multiplier=SPEC.d_model**0.5)
+    with pytest.raises(UserError, match="gemma2 multiplies its embedding by the root of the width"):
+        initialize.set_base_shape(gemma, "1x16")
+    granite = gemma.replace(family="granite", embed_multiplier=12.0)
+    assert initialize.set_base_shape(granite, "1x16").base_shape
+
+
 def test_a_model_keeps_the_base_that_it_was_trained_with():
     spec = with_base(SPEC)
     wide = spec.replace(d_ff=80)

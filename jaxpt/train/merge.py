@@ -40,7 +40,7 @@ def merge_checkpoints(
 ) -> None:
     """Write a run directory at step 0 with the merged weights of checkpoints.
 
-    One array of one source is in memory beside the result.
+    Arrays are merged one after the other: of the largest one, memory holds some four.
 
     Args:
         sources: runs (their newest checkpoints) or checkpoints, of one architecture and tokenizer.
@@ -193,7 +193,8 @@ def mix_linear(arrays: Iterable[np.ndarray], weights: Sequence[float]) -> np.nda
 def mix_spherical(a: np.ndarray, b: np.ndarray, t: float, n_stacked: int) -> np.ndarray:
     """Return the point at t between two arrays, along the sphere, in float32.
 
-    Each layer's and each expert's tensor has an angle of its own.
+    Each layer's and each expert's tensor has an angle of its own. They are mixed one by one, in
+    float64.
 
     Args:
         a: at t = 0.
@@ -201,16 +202,16 @@ def mix_spherical(a: np.ndarray, b: np.ndarray, t: float, n_stacked: int) -> np.
         t: 0 to 1.
         n_stacked: leading axes that number tensors.
     """
+    if n_stacked:
+        mixed = np.empty(a.shape, np.float32)
+        for number in range(len(a)):
+            mixed[number] = mix_spherical(a[number], b[number], t, n_stacked - 1)
+        return mixed
     x, y = a.astype(np.float64), b.astype(np.float64)
-    axes = tuple(range(n_stacked, x.ndim))
-
-    def dot(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        return np.sum(left * right, axis=axes, keepdims=True)
-
-    norms = np.sqrt(dot(x, x) * dot(y, y))
-    cosine = np.divide(dot(x, y), norms, out=np.ones_like(norms), where=norms > 0)
-    angle = np.arccos(np.clip(cosine, -PARALLEL_COSINE, PARALLEL_COSINE))
-    spherical = (np.sin((1 - t) * angle) * x + np.sin(t * angle) * y) / np.sin(angle)
-    linear = (1 - t) * x + t * y
-    is_parallel = np.abs(cosine) > PARALLEL_COSINE
-    return np.where(is_parallel, linear, spherical).astype(np.float32)
+    norms = math.sqrt(np.sum(x * x) * np.sum(y * y))
+    cosine = np.sum(x * y) / norms if norms else 1.0
+    if abs(cosine) > PARALLEL_COSINE:
+        return ((1 - t) * x + t * y).astype(np.float32)
+    angle = math.acos(cosine)
+    spherical = (math.sin((1 - t) * angle) * x + math.sin(t * angle) * y) / math.sin(angle)
+    return spherical.astype(np.float32)
