@@ -238,13 +238,20 @@ DECIDING = (
 def plan_arms(results: list[dict[str, Any]]) -> list[Run]:
     """Return every arm at several rates on one seed; then all arms at their best on the others.
 
-    Rivals train at both of ARM_RATES there. What does not decide waits until all that does is done.
+    What decides trains at both of ARM_RATES there, rivals first, if one of them was its best. What
+    does not decide waits until all that is done.
     """
     runs = plan_tuned(make_arms, "arms", ARM_SEEDS, FRONTIER_RATES, results)
+    best = find_arm_rates(results, "arms", FRONTIER_RATES)
+    rivals, others = [], []
     for rate in ARM_RATES:
         for seed in ARM_SEEDS:
-            runs += [run for run in make_arms(rate, seed) if is_rival(run.arm)]
-    runs = list({run.key: run for run in runs}.values())
+            for run in make_arms(rate, seed):
+                if is_rival(run.arm):
+                    rivals.append(run)
+                elif is_deciding(run.arm) and best.get(run.arm) in ARM_RATES:
+                    others.append(run)
+    runs = list({run.key: run for run in (*runs, *rivals, *others)}.values())
     deciding = [run for run in runs if is_deciding(run.arm)]
     done = {result["key"] for result in results}
     return runs if all(run.key in done for run in deciding) else deciding
@@ -309,13 +316,15 @@ def select_compared(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for result in of_part:
             if result["seed"] == ARM_RATE_SEED:
                 chosen.append({**result, "part": f"{part}, rates"})
-        best = find_arm_rates(results, part, known)
+        tuned = find_arm_rates(results, part, known)
+        arms = {result["arm"] for result in of_part}
+        best = {arm: tuned[name_tuned(arm)] for arm in arms if name_tuned(arm) in tuned}
         seeds = group_by_seed(of_part, best)
         needed = {arm for found in seeds.values() for arm in found}
         if part == "arms":
             needed = {arm for arm in needed if is_deciding(arm)}
         whole = [seed for seed in seeds if seed != ARM_RATE_SEED and seeds[seed].keys() >= needed]
-        seeds = group_by_seed(of_part, best | find_rival_rates(of_part, whole))
+        seeds = group_by_seed(of_part, best | find_rates_in_hindsight(of_part, whole))
         for seed in whole or [ARM_RATE_SEED]:
             chosen += seeds.get(seed, {}).values()
     return chosen
@@ -332,20 +341,22 @@ def group_by_seed(
         if result["seed"] == ARM_RATE_SEED:
             if result["loss"] <= found.get(arm, result)["loss"]:
                 found[arm] = result
-        elif result["peak_lr"] == best.get(name_tuned(arm)):
+        elif result["peak_lr"] == best.get(arm):
             found[arm] = result
     return seeds
 
 
-def find_rival_rates(results: list[dict[str, Any]], seeds: Collection[int]) -> dict[str, float]:
-    """Return rival -> its best rate over the very seeds that compare: rivals choose in hindsight.
+def find_rates_in_hindsight(
+    results: list[dict[str, Any]], seeds: Collection[int]
+) -> dict[str, float]:
+    """Return arm that decides -> its best rate over the very seeds that compare.
 
-    One seed cannot tell rates apart that are within 0.03 nats. Chosen so, a rival is at its best,
-    and what beats it does not do so by its rate.
+    One seed cannot tell rates apart that are within 0.03 nats. Rates that some of the seeds lack do
+    not count.
     """
     losses: dict[str, dict[float, list[float]]] = {}
     for result in results:
-        if is_rival(result["arm"]) and result["seed"] in seeds:
+        if is_deciding(result["arm"]) and result["seed"] in seeds:
             rates = losses.setdefault(result["arm"], {})
             rates.setdefault(result["peak_lr"], []).append(result["loss"])
     best = {}

@@ -23,6 +23,7 @@ from jaxpt.plan.scaling import LossPoint, ScalingLaw
 Results = growth_tables.Results
 METHODS = ("stack", "deepen", "identity layers", "jump", "depth up-scaling", "widened")
 FITTED_SHARE = "at 50 %"
+ONE_SEED_HALF = 0.4  # of a factor's interval, of one seed: two standard deviations between five
 
 
 class Sizes(NamedTuple):
@@ -178,7 +179,7 @@ def find_transfer_ends(
     ends = {}
     for name, known in transfer.TRANSFERS.items():
         factors = fitted[find_method(known.arm)].factors
-        mean, half = factors[0], 0.0
+        mean, half = factors[0], ONE_SEED_HALF
         if len(factors) > 1:
             mean, half, _ = growth_runs.paired_interval(factors)
         ends[name] = mean - half, mean + half

@@ -39,21 +39,21 @@ def test_a_seed_that_chose_rates_compares_no_arms():
     assert {run.arm for run in first} >= set(growth.DECIDING)
     results = [*done, *map(make_result, first)]
     planned = [run for run in growth.plan_arms(results) if run.seed > 0]
-    rivals = [run for run in planned if growth.is_rival(run.arm)]
-    assert {(run.seed, run.peak_lr) for run in rivals} == {
+    twice = [run for run in planned if growth.is_deciding(run.arm)]
+    assert {(run.seed, run.peak_lr) for run in twice} == {
         (seed, rate) for seed in (1, 2, 3, 4, 5) for rate in growth.ARM_RATES
     }
-    others = [run for run in planned if run not in rivals]
+    others = [run for run in planned if run not in twice]
     assert {run.peak_lr for run in others if run.arm not in growth.FRONTIER_RATES} == {0.008}
     n_arms = len(growth.make_arms(0.008, 0))
-    assert len(first) < len(planned) and len(others) + len(rivals) / 2 == 5 * n_arms
+    assert len(first) < len(planned) and len(others) + len(twice) / 2 == 5 * n_arms
     for runs in first, planned:
         compared = [*done, *(make_result(run, 3.0 + run.peak_lr) for run in runs)]
         tables = [run for run in growth.select_compared(compared) if run["part"] == "arms"]
         assert {run["seed"] for run in tables} == {1, 2, 3, 4, 5}
-        assert len(tables) == len(runs) - len(rivals) / 2
-        rates = {run["peak_lr"] for run in tables if growth.is_rival(run["arm"])}
-        assert rates == {0.004}, "a rival takes the rate that is best over the seeds that compare"
+        assert len(tables) == len(runs) - len(twice) / 2
+        rates = {run["peak_lr"] for run in tables if growth.is_deciding(run["arm"])}
+        assert rates == {0.004}, "what decides takes the rate that is best over these seeds"
 
 
 @pytest.mark.parametrize("run", growth.make_arms(0.004, 0), ids=lambda run: run.arm)
