@@ -182,5 +182,5 @@ def find_transfer_ends(
         mean, half = factors[0], ONE_SEED_HALF
         if len(factors) > 1:
             mean, half, _ = growth_runs.paired_interval(factors)
-        ends[name] = mean - half, mean + half
+        ends[name] = max(mean - half, 0.0), mean + half
     return ends

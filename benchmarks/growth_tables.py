@@ -289,8 +289,8 @@ def plot_frontier(results: Results, full: str, ax: Any) -> bool:
 def plot_trajectory(results: Results, full: str, ax: Any) -> bool:
     """Draw how far grown arms are from the full size after as many FLOPs; return whether any.
 
-    Over the tokens since the growth, means over seeds: a line while neither rate decays, a dot for
-    the end of both decays.
+    Over the tokens since the growth, means over the seeds, all of which an arm must have: a line
+    while neither rate decays, a dot for the end of both decays.
     """
     arms = group_by_arm(results, "arms")
     fulls = arms.pop(f"{full}1 of the FLOPs", {})
@@ -301,7 +301,7 @@ def plot_trajectory(results: Results, full: str, ax: Any) -> bool:
     }
     for arm, runs in grown.items():
         paired = [run for seed, run in runs.items() if seed in fulls]
-        if paired:
+        if paired and len(paired) == len(fulls):
             steps, differences = zip(
                 *[compare_curves(run, fulls[run["seed"]]) for run in paired], strict=True
             )

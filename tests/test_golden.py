@@ -22,6 +22,8 @@ GOLDEN = ROOT / "tests/golden"
 RECIPES = {
     "base": "base.py",
     "course": "course.py",
+    "grow-full": "grow.py:full",
+    "grow-grown": "grow.py",
     "llama3_8b-pod": "llama3_8b.py",
     "llama3_8b-h100": "llama3_8b.py:h100",
     "moe_small-moe": "moe_small.py:moe",
