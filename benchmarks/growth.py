@@ -351,8 +351,8 @@ def find_rates_in_hindsight(
 ) -> dict[str, float]:
     """Return arm that decides -> its best rate over the very seeds that compare.
 
-    One seed cannot tell rates apart that are within 0.03 nats. Rates that some of the seeds lack do
-    not count.
+    One seed cannot distinguish rates that are within 0.03 nats. Rates that some of the seeds lack
+    do not count.
     """
     losses: dict[str, dict[float, list[float]]] = {}
     for result in results:
