@@ -1406,7 +1406,7 @@ def test_small_runs_forecast_what_a_bases_loss_is_worth_from_scratch(factors):
     worth = transfer.compute_worth(CHINCHILLA, base.n_params, base.tokens, n)
     assert CHINCHILLA.predict_loss(n, worth) == pytest.approx(base_loss)
     assert worth < 8e10  # more parameters learn faster
-    for name in ("depth up-scaling", "stacking", "width growth"):
+    for name in ("depth up-scaling", "stacking", "random layers", "width growth"):
         grown = by_name(found)[f"{name} (small runs)"]
         assert grown.tokens == pytest.approx([1.6e11 - 1.25 * worth, 1.6e11 - 0.75 * worth])
         assert grown.loss[1] == pytest.approx(CHINCHILLA.predict_loss(n, 1.6e11 + 0.75 * worth))
@@ -1480,9 +1480,9 @@ def test_train_from_scratch_and_continue_the_base_are_answers():
         4096,
         1.6e11,
         base=grow_or_scratch.BaseModel(with_layers(2), 1e10, None),
-        measured_savings={grow_or_scratch.LATE_DEEPENING.name: (0.0, 0.0)},
     )
-    assert "base for free: scratch; by small runs, scratch or stacking. With" in tiny.verdict
+    assert "base for free: scratch if little" in tiny.verdict
+    assert "by small runs, scratch or late jump from one layer. With" in tiny.verdict
     assert "times the base" in by_name(tiny)["stacking (small runs)"].notes[0]
     low = grow_or_scratch.compare_strategies(
         LLAMA3_8B,
@@ -1537,9 +1537,27 @@ def test_a_larger_base_is_pruned_and_a_smaller_one_grown():
     assert grow_or_scratch.PRUNING.name in names(48) and "stacking" not in names(48)
     assert grow_or_scratch.PRUNING.name not in names(16) and {
         "stacking",
+        "random layers",
         "width growth",
         "depth up-scaling",
     } <= names(16)
+
+
+@pytest.mark.parametrize(
+    ("call", "strategy"),
+    [
+        ("stack(g=2)", "stacking"),
+        ("deepen(L=8)", "random layers"),
+        ("deepen(L=8, new='copy')", "stacking"),
+        ("insert_identity(every=1)", "depth up-scaling"),
+        ("widen_rms(d=96)", "width growth"),
+        ("narrow(ff=96)", "pruning a larger one"),
+        ("upcycle(experts=4)", None),
+        ("extend_context(length=512)", None),
+    ],
+)
+def test_a_grown_run_of_ones_own_counts_for_its_operators_strategy(call, strategy):
+    assert grow_or_scratch.find_strategy_name(check.Growth(call, 0)) == strategy
 
 
 def test_money_and_hours_of_a_way_are_the_plans():

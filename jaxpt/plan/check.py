@@ -248,8 +248,13 @@ class Run(NamedTuple):
 class Growth(NamedTuple):
     """How a run's model was grown."""
 
-    operator: str  # the last one's name
+    call: str  # of the last operator, such as "stack(g=2)"
     n_tokens: int  # of the run before it; 0: before training
+
+    @property
+    def operator(self) -> str:
+        """The operator's name."""
+        return self.call.partition("(")[0]
 
 
 def read_run(run_dir: str | io.Path, flag: str) -> Run:
@@ -305,10 +310,9 @@ def read_growth(run: Run) -> Growth | None:
     if not io.exists(path):
         return None
     report = io.read_json(path)
-    operator, _, _ = report["operators"][-1].partition("(")
     at_step = report["at_step"] or 0
     n_tokens = 0
     for record in run.stream_records():
         if record.step <= at_step:
             n_tokens = max(n_tokens, record.n_tokens)
-    return Growth(operator, n_tokens)
+    return Growth(report["operators"][-1], n_tokens)

@@ -112,13 +112,20 @@ STACKING = PublishedSavings(
     "G_stack, 2405.15319: 194B tokens for 300B at 7B, 35 % (a speed-up of 54.6 %); LiGO, "
     "2303.00980: 22 % (GPT-2) to 45 % (BERT) by a learned map",
 )
+RANDOM_LAYERS = PublishedSavings(
+    "random layers",
+    ("deepen",),
+    (0.0, 0.45),
+    "2511.04981 starts from one layer; for a base of several nothing is published: at best what "
+    "stacking saved",
+)
 WIDTH_GROWTH = PublishedSavings(
     "width growth",
     ("widen", "widen_rms"),
     (0.35, 0.75),
     "HyperCloning, 2409.12903: 2.2 to 4 times fewer steps; 2602.02472: up to 35 %",
 )
-GROWTH_STRATEGIES = (DEPTH_UPSCALING, STACKING, WIDTH_GROWTH)
+GROWTH_STRATEGIES = (DEPTH_UPSCALING, STACKING, RANDOM_LAYERS, WIDTH_GROWTH)
 LATE_DEEPENING = PublishedSavings(
     "late jump from one layer",
     ("deepen",),
@@ -293,8 +300,7 @@ def estimate_late_jump(case: Case) -> list[Outcome]:
     Published: with all of scratch's tokens. By small runs: with half of its tokens before it grows.
     """
     name = LATE_DEEPENING.name
-    measured = case.measured_savings.get(name)
-    least, most = measured or LATE_DEEPENING.saved_frac
+    least, most = LATE_DEEPENING.saved_frac
     tokens = case.scratch_tokens
     total = case.scratch_flops
     loss = case.predict_loss(case.token_budget)
@@ -304,10 +310,10 @@ def estimate_late_jump(case: Case) -> list[Outcome]:
         flops=(total * (1 - most), total * (1 - least)),
         loss=(loss, 1.005 * loss),  # within 0.5 % of scratch's
         source=LATE_DEEPENING.source,
-        basis=OWN_RUNS if measured else PUBLISHED,
+        basis=PUBLISHED,
         needs_base=False,
     )
-    if measured or case.child.n_layers < 2:
+    if case.child.n_layers < 2:
         return [published]
     small = plan_growth("layers([0])", Parent(case.child)).child
     small_params = transformer.count_params(small)
@@ -652,6 +658,8 @@ def fit_runs(
 
 def find_strategy_name(growth: Growth) -> str | None:
     """Return the name of the strategy that an operator belongs to."""
+    if growth.operator == "deepen" and "copy" in growth.call:  # of the stack, in its order
+        return STACKING.name
     for known in (*GROWTH_STRATEGIES, PRUNING):
         if growth.operator in known.operators:
             return known.name

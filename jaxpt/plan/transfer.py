@@ -43,6 +43,7 @@ class Transfer(NamedTuple):
 TRANSFERS = {
     "depth up-scaling": Transfer(0.76, 1.10, 1.23, "3 layers, depth up-scaling at 50 %"),
     "stacking": Transfer(1.26, 1.44, 1.58, "2 layers, stack at 50 %"),
+    "random layers": Transfer(0.99, 1.17, 1.58, "2 layers, deepen at 50 %"),
     "width growth": Transfer(0.0, 0.67, 3.29, "half the width, widened at 50 %"),
     "late jump from one layer": Transfer(0.94, 1.32, 2.24, "1 layer, jump at 50 %"),
 }
