@@ -15,6 +15,7 @@
 `holdout`   twice the depth at 1.5 times the FLOPs of `arms`, to test what was fitted to `arms`
 `transfer`  five rates at seven shapes, with and without model.base_shape
 `init`      five initializations at three sizes
+`speed`     CPU seconds of a step of each shape of `arms`, before and after its growth, on one core
 `tables`    tables of all results, with 95 % intervals of paired differences, and plots
 
 Every arm has a decay of its own to 0 and is measured after it, but for `operators`, whose rate is
@@ -432,6 +433,19 @@ def make_arms(rate: float, seed: int) -> list[Run]:
     return runs
 
 
+def list_speed_runs() -> list[Run]:
+    """Return the runs whose steps are those of `arms`: each shape, and each growth of it."""
+    runs = [Run("speed", "", FULL, (Segment(1),), ARM_RATES[0], ARM_RATE_SEED, BATCH)]
+    for small in SMALL.values():
+        runs.append(dataclasses.replace(runs[0], shape=small))
+    for small, operator in dict.fromkeys(
+        (small, operator) for small, operator, _ in GROWN.values()
+    ):
+        segments = Segment(1), Segment(1, operator)
+        runs.append(dataclasses.replace(runs[0], shape=small, segments=segments))
+    return runs
+
+
 def make_grown_segments(
     small: Shape, operator: str, share: float, budget: float, moments: str = "reset_new"
 ) -> tuple[Segment, ...]:
@@ -681,7 +695,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="+", choices=[*PARTS, "tables"])
+    parser.add_argument("parts", nargs="+", choices=[*PARTS, "speed", "tables"])
     parser.add_argument("--text", nargs="+", type=pathlib.Path, help="books to train on")
     parser.add_argument("--to", type=pathlib.Path, required=True)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -702,6 +716,8 @@ def main() -> None:
             growth_tables.print_tables(found, full, len(SHORTER) + 1, OPERATORS)
             growth_tables.plot_all(found, full, arguments.to)
             growth_forecast.print_forecast(found, HOLDOUT.n_layers, full)
+        elif part == "speed":
+            growth_runs.measure_all(list_speed_runs(), text, results)
         else:
             growth_runs.train_all(PARTS[part], text, results, arguments.processes)
 

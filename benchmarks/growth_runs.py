@@ -52,6 +52,7 @@ SEQ_LEN = 128
 VOCAB_SIZE = 1024  # small, so that layers and not the head make up a small model
 HELDOUT_SEQUENCES = 256  # of each source, for a result
 CURVE_SEQUENCES = 32  # for a point of a curve
+SPEED_STEPS, SPEED_ROUNDS = 20, 7  # of a shape, to measure its step
 WARMUP_STEPS = 50  # of a run, whatever its budget
 D_HEAD = 16
 
@@ -442,12 +443,6 @@ def train_all(
     """
     drop_torn_line(results)
     fingerprint = stage.fingerprint_path(pathlib.Path(text.directory) / "packed")
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
-    context = multiprocessing.get_context("spawn")
-    usable = sorted(os.sched_getaffinity(0))
-    cores = context.SimpleQueue()
-    for i in range(n_processes):
-        cores.put(usable[i % len(usable)])
     while True:
         found = [each for each in read_results(results) if each.get("text") == fingerprint]
         done = {result["key"] for result in found}
@@ -459,12 +454,73 @@ def train_all(
             return
         n_runs = sum(map(len, groups.values()))
         print(f"{n_runs} runs to make in {len(groups)} groups", flush=True)
-        with concurrent.futures.ProcessPoolExecutor(
-            n_processes, context, keep_cores, (cores,), max_tasks_per_child=1
-        ) as pool:
-            tasks = [pool.submit(train_group, group, text, results) for group in groups.values()]
+        with open_pool(n_processes) as pool:
+            tasks = [
+                pool.submit(run_on_core, train_runs, group, text, results)
+                for group in groups.values()
+            ]
             for task in concurrent.futures.as_completed(tasks):
                 task.result()
+
+
+def measure_all(runs: list[Run], text: Text, results: pathlib.Path) -> None:
+    """Measure the speed of a step of what runs train, on one core, and append the results."""
+    drop_torn_line(results)
+    with open_pool(1) as pool:
+        pool.submit(run_on_core, measure_speeds, runs, text, results).result()
+
+
+def measure_speeds(runs: list[Run], text: Text, results: pathlib.Path) -> None:
+    """Append the CPU seconds of a step before and after each run's growth.
+
+    The least of SPEED_ROUNDS, in each of which every shape has its turn: what disturbs a round
+    only makes it slower.
+    """
+    trainer = Trainer(text)
+    states, steps = {}, {}
+    for run in runs:
+        optim = config.OptimConfig(peak_lr=run.peak_lr, schedule="constant")
+        for n, segment in enumerate(run.segments, start=1):
+            reached = trainer.reach(run, n, set(), [])
+            name = name_shape(run.shape, segment.operator)
+            states[name] = reached.state
+            steps[name] = trainer.build_step(
+                reached.spec, run.batch_size, optim, 2, reached.new_params
+            )
+    batch = next(trainer.batches(runs[0], (0.0, 1.0), 0, 0))
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(SPEED_ROUNDS):
+        for name, make_step in steps.items():
+            started = cpu_seconds()
+            for _ in range(SPEED_STEPS):
+                states[name], _ = make_step(states[name], batch)
+            jax.block_until_ready(states[name])
+            seconds[name].append((cpu_seconds() - started) / SPEED_STEPS)
+    with open(results, "a", encoding="utf-8") as file:
+        for name, rounds in seconds.items():
+            print(f"speed: {name}: {1000 * min(rounds):.1f} ms of a core", flush=True)
+            result = {"key": f"speed {name}", "part": "speed", "arm": name}
+            result |= {"step_cpu_seconds": min(rounds), "rounds": rounds}
+            file.write(json.dumps(result) + "\n")
+
+
+def name_shape(shape: Shape, operator: str) -> str:
+    """Return the name of a shape, grown by an operator or not."""
+    name = f"{shape.n_layers} x {shape.d_model}"
+    return f"{name}, {operator}" if operator else name
+
+
+def open_pool(n_processes: int) -> concurrent.futures.ProcessPoolExecutor:
+    """Return processes that have one thread and one core each."""
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    context = multiprocessing.get_context("spawn")
+    usable = sorted(os.sched_getaffinity(0))
+    cores = context.SimpleQueue()
+    for i in range(n_processes):
+        cores.put(usable[i % len(usable)])
+    return concurrent.futures.ProcessPoolExecutor(
+        n_processes, context, keep_cores, (cores,), max_tasks_per_child=1
+    )
 
 
 def keep_cores(cores: Any) -> None:
@@ -473,12 +529,17 @@ def keep_cores(cores: Any) -> None:
     free_cores = cores
 
 
-def train_group(runs: list[Run], text: Text, results: pathlib.Path) -> None:
-    """Train runs of one trunk on one core, and append each one's result when it is there."""
+def run_on_core(
+    function: Callable[[list[Run], Text, pathlib.Path], None],
+    runs: list[Run],
+    text: Text,
+    results: pathlib.Path,
+) -> None:
+    """Call a function of runs on one free core."""
     core = free_cores.get()
     os.sched_setaffinity(0, {core})  # before JAX starts its threads
     try:
-        train_runs(runs, text, results)
+        function(runs, text, results)
     finally:
         free_cores.put(core)
 

@@ -156,31 +156,40 @@ def print_savings(results: Results, full: str, n_full: int) -> None:
 
     The price is read from the full size's own losses with parts of the budget, seed by seed, on
     straight lines over the logarithm of the FLOPs; beyond them the last line goes on. A seed counts
-    if it has all of these losses.
+    if it has all of these losses. CPU time is that of all steps, by the speed of each shape.
     """
     arms = group_by_arm(results, "arms")
     laws = find_laws(arms, full, n_full)
+    speeds = {
+        result["arm"]: result["step_cpu_seconds"] for result in results if result["part"] == "speed"
+    }
     if not laws:
         return
     print(
         "\n| arm | the full size pays, times the arm's FLOPs | saved, the base counted "
-        "| saved, the base free | seeds |\n|---|---|---|---|---|"
+        "| saved, the base free | CPU time saved, the base counted | seeds |\n"
+        "|---|---|---|---|---|---|"
     )
+    a_full = next(iter(arms[f"{full}1 of the FLOPs"].values()))
     for arm, runs in arms.items():
         if arm.startswith(full):
             continue
-        prices, free = [], []
+        prices, free, seconds = [], [], []
         for seed, run in runs.items():
             if seed in laws:
                 price = solve_log_line(laws[seed], run["loss"])
                 prices.append(price / run["flops"])
                 free.append(1 - (run["flops"] - count_base_flops(run)) / price)
+                if speeds:
+                    full_seconds = count_cpu_seconds(a_full, speeds) * price / a_full["flops"]
+                    seconds.append(1 - count_cpu_seconds(run, speeds) / full_seconds)
         counted = [1 - 1 / price for price in prices]
         has_base = any(segment["operator"] for segment in next(iter(runs.values()))["segments"])
         texts = [
             format_mean(prices, ".2f"),
             format_mean(counted, "+.0%"),
             format_mean(free, "+.0%") if has_base else "",
+            format_mean(seconds, "+.0%"),
         ]
         print(f"| {arm} | " + " | ".join(texts) + f" | {len(prices)} |")
 
@@ -225,6 +234,15 @@ def solve_log_line(points: list[tuple[float, float]], loss: float) -> float:
 def count_base_flops(run: dict[str, Any]) -> float:
     """Return the FLOPs of a run before its first growth."""
     return count_flops_at(run, count_steps_before(run))
+
+
+def count_cpu_seconds(run: dict[str, Any], speeds: dict[str, float]) -> float:
+    """Return the CPU seconds of a run's steps, by the speed of each shape."""
+    shape, operator, seconds = Shape(**run["shape"]), "", 0.0
+    for segment in run["segments"]:
+        operator = segment["operator"] or operator
+        seconds += segment["n_steps"] * speeds[growth_runs.name_shape(shape, operator)]
+    return seconds
 
 
 def print_operators(results: Results, operators: Iterable[str]) -> None:
