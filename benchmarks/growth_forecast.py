@@ -163,10 +163,11 @@ def print_forecast(results: Results, held_out_layers: int, full: str) -> None:
                 ratios.append(max(ratio, 1 / ratio))
                 print(f"| {arm} | {loss:.3f} | {forecast:.3f} | x {ratio:.2f} | {len(runs)} |")
             best, forecast_best = (min(losses, key=lambda arm: losses[arm][j]) for j in range(2))
-            n_right += best == forecast_best
+            n_right += len(losses) > 1 and best == forecast_best
         if groups:
+            n_groups = sum(len(arms) > 1 for arms in groups.values())  # where anything competes
             print(
-                f"\nThe lowest loss right in {n_right} of {len(groups)} groups; tokens within "
+                f"\nThe lowest loss right in {n_right} of {n_groups} groups; tokens within "
                 f"{max(ratios):.2f} x, the middle one {statistics.median(ratios):.2f} x."
             )
 
