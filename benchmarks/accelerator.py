@@ -1,13 +1,14 @@
-"""Measure jaxpt on an accelerator, in under 45 minutes: one command, one table.
+"""Measure jaxpt on an accelerator, in under 45 minutes: one command, its tables.
 
     python benchmarks/accelerator.py --out RESULTS                   # every part
     python benchmarks/accelerator.py --out RESULTS --parts train-auto decode
     python benchmarks/accelerator.py --out RESULTS --tiny            # a small model, on a CPU too
 
-Every part is a process of its own of at most 8 minutes. Its result is written to RESULTS/PART.json
-as it ends and RESULTS/table.md anew after each, so what a lost machine has measured is kept. A part
-that fails or lacks a package has a line that says so, and the others run. Parts that do not fit
-into 45 minutes are named and left out.
+Every part is a process of its own of under 8 minutes. Its result is written to RESULTS/PART.json as
+it ends and RESULTS/table.md anew after each, so what a lost machine has measured is kept; a second
+start replaces a result by a new one, never by a failure. A part that fails, or lacks a package or
+the device that it is for, has a line that says so, and the others run. Parts that do not fit into
+45 minutes are named and left out.
 
 The model has 1.2B parameters, sequences of 4,096 tokens with several documents each, bfloat16. MFU
 counts each sequence as one document, as everywhere (docs/plan.md). benchmarks/accelerator.md lists
@@ -15,9 +16,12 @@ the packages.
 """
 
 import argparse
+import contextlib
+import datetime
 import functools
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -31,7 +35,7 @@ SCRIPT = pathlib.Path(__file__).resolve()
 ROOT = SCRIPT.parent.parent
 sys.path.insert(0, str(ROOT))
 
-PART_SECONDS = 480
+PART_SECONDS = 470
 ALL_SECONDS = 45 * 60
 # L, D, F, N, K, H, V, T, B
 BILLION = (16, 2048, 8192, 32, 8, 64, 128_256, 4096, 8)
@@ -64,54 +68,116 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     if args.child:
         return measure(args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # which ends the part too
     start = time.monotonic()
-    results = {}
+    has_failed = False
     for part in args.parts:
         left = ALL_SECONDS - (time.monotonic() - start)
         if left < PART_SECONDS:
-            results[part] = {"skipped": f"{left:.0f} s of 45 minutes were left"}
+            result = {"skipped": f"{left:.0f} s of 45 minutes were left"}
         else:
-            results[part] = run_part(part, args)
-        (args.out / f"{part}.json").write_text(json.dumps(results[part], indent=1) + "\n")
-        print(format_table({part: results[part]}).splitlines()[-1], flush=True)
-        files = {part: args.out / f"{part}.json" for part in PARTS}  # of earlier starts too
-        kept = {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
-        (args.out / "table.md").write_text(format_table(kept))
-    return any("failed" in result for result in results.values())
+            result = run_part(part, args)
+        has_failed |= "failed" in result
+        print(f"{part}: {format_cells(result)}", flush=True)
+        keep_result(args.out / f"{part}.json", result)
+        (args.out / "table.md").write_text(format_tables(read_results(args.out)), encoding="utf-8")
+    return has_failed
 
 
 def run_part(part, args):
-    """Return the result of a part from its own process."""
+    """Return the result of a part from its own process, which writes it into a file."""
     missing = [name for name in PARTS[part].packages if not importlib.util.find_spec(name)]
     if missing:
         return {"skipped": f"{' and '.join(missing)} not installed"}
     command = [sys.executable, str(SCRIPT), "--child", "--parts", part, "--out", str(args.out)]
     command += ["--steps", str(args.steps), *["--tiny"] * args.tiny]
+    found, log_path = args.out / f"{part}.new", args.out / f"{part}.log"
+    found.unlink(missing_ok=True)
     start = time.monotonic()
-    with open(args.out / f"{part}.log", "w", encoding="utf-8") as log:
-        child = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
-        )
+    with open(log_path, "wb") as log:
+        child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
-            text, _ = child.communicate(timeout=PART_SECONDS)
+            status = child.wait(PART_SECONDS)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.communicate()
             return {"failed": f"after {PART_SECONDS} s it was stopped"}
-    if child.returncode:
-        lines = (args.out / f"{part}.log").read_text().strip().splitlines() or ["no message"]
-        return {"failed": f"status {child.returncode}: {lines[-1][:200]}"}
-    return json.loads(text.splitlines()[-1]) | {"seconds": round(time.monotonic() - start, 1)}
+        finally:  # nothing holds the device for the next part
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    if status or not found.exists():
+        lines = log_path.read_text(errors="replace").strip().splitlines() or ["no message"]
+        return {"failed": f"status {status}: {lines[-1][:200]}"}
+    result = json.loads(found.read_text())
+    found.unlink()
+    return result if "skipped" in result else result | describe_measurement(args, start)
 
 
-def format_table(results):
-    lines = ["| part | result |", "|---|---|"]
-    for part, result in results.items():
-        cells = [
-            f"{name.replace('_', ' ')} {format_value(value)}" for name, value in result.items()
-        ]
-        lines.append(f"| {part} | {'; '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def describe_measurement(args, start):
+    """Return what a measured result is of."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return {
+        "seconds": round(time.monotonic() - start, 1),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit or "unknown",
+        "size": "tiny" if args.tiny else "1.2B",
+    }
+
+
+def keep_result(path, result):
+    """Write a result, unless it is none and an older one is there."""
+    if "seconds" not in result and path.exists():
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_results(directory):
+    """Return part -> result, of earlier starts too."""
+    files = {part: directory / f"{part}.json" for part in PARTS}
+    return {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
+
+
+COLUMNS = ("tokens/s per device", "MFU", "step s", "peak GiB", "compiler's GiB")
+
+
+def format_tables(results):
+    """Return a table of the train steps, and one of what else was measured."""
+    trains = {part: result for part, result in results.items() if COLUMNS[0] in result}
+    lines = []
+    if trains:
+        lines.append(f"| train step | {' | '.join(COLUMNS)} | with | measured |")
+        lines.append("|---|" + "---|" * (len(COLUMNS) + 2))
+    for part, result in trains.items():
+        cells = [format_value(result[name]) if name in result else "" for name in COLUMNS]
+        rest = {name: value for name, value in result.items() if name not in COLUMNS}
+        cells += [format_cells(rest), format_origin(result)]
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    others = {part: result for part, result in results.items() if part not in trains}
+    if others:
+        lines += ["", "| part | result | measured |", "|---|---|---|"]
+    for part, result in others.items():
+        lines.append(f"| {part} | {format_cells(result)} | {format_origin(result)} |")
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+ORIGIN = ("date", "commit", "size", "device", "seconds")
+
+
+def format_cells(result):
+    """Return a result in one line."""
+    cells = [
+        f"{name.replace('_', ' ')} {format_value(value)}"
+        for name, value in result.items()
+        if name not in ORIGIN
+    ]
+    return "; ".join(cells)
+
+
+def format_origin(result):
+    """Return when, at which commit, at which size and on what a result was measured."""
+    return ", ".join(format_value(result[name]) for name in ORIGIN[:4] if name in result)
 
 
 def format_value(value):
@@ -125,12 +191,38 @@ def format_value(value):
 
 
 def measure(args):
-    """Run one part in this process; its last line on stdout is the result."""
+    """Run one part in this process, and write its result."""
     from jaxpt import xla_settings
+    from jaxpt.spec import UserError
 
-    (part,) = args.parts
+    (name,) = args.parts
+    part = PARTS[name]
     xla_settings.set_variables()  # as jaxpt train does, before jax is imported
-    print(json.dumps(PARTS[part].run(args)))
+    try:
+        device = DEVICES[part.on]()
+        is_at_hand = args.tiny or "cpu" not in device.lower()
+        result = part.run(args) if is_at_hand else {"skipped": f"{part.on} sees no accelerator"}
+    except UserError as error:  # this chip has no such units
+        result = {"skipped": str(error)}
+    if "skipped" not in result and device:
+        result["device"] = device
+    (args.out / f"{name}.new").write_text(json.dumps(result), encoding="utf-8")
+
+
+def name_jax_device():
+    import jax
+
+    device = jax.devices()[0]
+    return device.device_kind if device.platform != "cpu" else "CPU"
+
+
+def name_torch_device():
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+DEVICES = {"JAX": name_jax_device, "torch": name_torch_device, "its own process": lambda: ""}
 
 
 # ---- parts
@@ -143,7 +235,6 @@ def measure_device(args):
     report = doctor.examine_machine(None)
     variables = xla_settings.list_variables(os.environ)
     return {
-        "device": report.device_kind,
         "devices": report.n_devices,
         "matmul FLOP/s": report.matmul_flops,
         "of peak": {
@@ -166,7 +257,7 @@ def measure_attention(backend, args):
 
     device = jax.devices()[0]
     if backend not in (KNOB.plain, KNOB.by_platform.get(device.platform)):
-        return {"skipped": f"this is {device.device_kind}"}
+        return {"skipped": f"{backend} is not for {device.device_kind}"}
     *_, N, K, H, _, T, B = shape_of(args)
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, d_out = (
@@ -189,8 +280,9 @@ def measure_attention(backend, args):
 
 
 def measure_torch_attention(args):
-    """torch's scaled_dot_product_attention, causal: whole sequences only."""
+    """torch's scaled_dot_product_attention by FlashAttention, causal: whole sequences only."""
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     *_, N, K, H, _, T, B = shape_of(args)
     device, dtype = torch_device()
@@ -201,7 +293,9 @@ def measure_torch_attention(args):
 
     def run():
         attend = torch.nn.functional.scaled_dot_product_attention
-        attend(q, k, v, is_causal=True, enable_gqa=True).backward(d_out)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error if it does not support this
+            out = attend(q, k, v, is_causal=True, enable_gqa=True)
+        return torch.autograd.grad(out, (q, k, v), d_out)
 
     seconds = time_calls(run, args.steps, torch_wait)
     flops = 7 * B * N * H * T * T
@@ -211,57 +305,133 @@ def measure_torch_attention(args):
     }
 
 
-def measure_train(backend, args, profile=False, matmul_dtype="compute"):
-    """The train step: speed, and memory beside what its compiler expects, as `jaxpt plan` does."""
+def measure_train(args, *overrides, is_whole=False):
+    """The train step: speed, and memory beside what its compiler expects.
+
+    Args:
+        args: of the command.
+        overrides: of the recipe, such as "train.remat=dots".
+        is_whole: a sequence is one document, as torch's are.
+    """
     import jax
 
     from jaxpt import flops, hardware
-    from jaxpt.model.kernels import select
     from jaxpt.plan import compile as plan
-    from jaxpt.train import step
 
-    settings, spec, mesh, now, batch = make_run(args, backend, matmul_dtype)
-    T, B = settings.pack.seq_len, settings.train.batch_size
-    name, why = select.choose_backend(spec, step.make_attention_request(settings.train, T), mesh)
-    if backend not in ("auto", name):
-        raise SystemExit(f"{backend}: {why}")
-    lowered = plan.trace_step(spec, settings, mesh).lower()
-    compiled = lowered.compile()
-    planned = plan.read_peak_bytes(compiled, jax.devices()[0].platform)
-    now, first = compiled(now, batch)
-    held = [now]
-
-    def run():
-        held[0], metrics = compiled(held[0], batch)
-        return metrics
-
+    run, settings, spec, chosen = make_train_call(args, overrides, is_whole)
+    planned = plan.read_peak_bytes(run.compiled.program, jax.devices()[0].platform)
+    first = run()
     seconds = time_calls(run, args.steps, jax.block_until_ready)
-    if profile:
-        with jax.profiler.trace(str(args.out / "profile")):
-            for _ in range(3):
-                jax.block_until_ready(run())
+    T, B = settings.pack.seq_len, settings.train.batch_size
     speed = B * T / seconds
     peak = hardware.get_peak_flops(jax.devices()[0].device_kind, settings.train.compute_dtype)
     cost = flops.DeviceCost(flops.count_flops_per_token(spec, T), peak)
     used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {
-        "attention": f"{name} ({why})",
-        "matmuls": matmul_dtype,
         "tokens/s per device": speed / jax.device_count(),
-        "devices": jax.device_count(),
         "MFU": cost.compute_mfu(speed * cost.flops_per_token, jax.device_count()),
         "step s": seconds,
         "peak GiB": used and used / 2**30,
         "compiler's GiB": planned / 2**30,
+        "devices": jax.device_count(),
+        "attention": " - ".join(chosen),
+        "settings": ", ".join(overrides) or "default",
+        "compute dtype": settings.train.compute_dtype,
+        "documents": "whole sequences" if is_whole else "several per sequence",
         "first loss": float(first["loss"]),
         "first gradient norm": float(first["grad_norm"]),
     }
 
 
+class TrainCall:
+    """A step of a run, on one batch."""
+
+    def __init__(self, compiled, state, batch):
+        self.compiled, self.state, self.batch = compiled, state, batch
+
+    def __call__(self):
+        self.state, metrics = self.compiled(self.state, self.batch)
+        return metrics
+
+
+def make_train_call(args, overrides, is_whole=False):
+    """Return a compiled step to call, its settings and architecture, and (attention, why)."""
+    from jaxpt.model.kernels import select
+    from jaxpt.train import step
+
+    settings, spec, mesh, now, batch = make_run(args, overrides, is_whole)
+    train, seq_len = settings.train, settings.pack.seq_len
+    chosen = select.choose_backend(spec, step.make_attention_request(train, seq_len), mesh)
+    built = step.build_step(spec, train, settings.optim, seq_len, mesh)
+    return TrainCall(built.compile(now, batch), now, batch), settings, spec, chosen
+
+
+def measure_profile(args):
+    """A profile of three steps, in RESULTS/profile, for xprof or TensorBoard."""
+    import jax
+
+    run, *_ = make_train_call(args, ())
+    jax.block_until_ready(run())
+    with jax.profiler.trace(str(args.out / "profile")):
+        for _ in range(3):
+            jax.block_until_ready(run())
+    return {"profile": str(args.out / "profile")}
+
+
+def measure_plan(args):
+    """What `jaxpt plan` expects of the step of `train-auto`, beside what that measured."""
+    from jaxpt import hardware
+
+    results = read_results(args.out)
+    measured = results.get("train-auto", {})
+    if COLUMNS[0] not in measured:
+        return {"skipped": "train-auto has no result to compare with"}
+    if args.tiny:
+        target = f"cpu:{measured['devices']}"
+    else:
+        chip = hardware.find_chip(measured["device"])
+        target = chip and name_target(chip, measured["devices"])
+        if target is None:
+            found = f"{measured['devices']} x {measured['device']}"
+            return {"skipped": f"the planner does not know {found}"}
+    home = args.out / "plan"
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir()
+    (home / "recipe.py").write_text("from jaxpt.config import defaults as get_config\n")
+    overrides = list_overrides(args, measured["devices"], measured["compute dtype"])
+    command = [sys.executable, "-m", "jaxpt", "plan", "--config", str(home / "recipe.py")]
+    command += ["--on", target, "--json", str(home / "plan.json")]
+    command += [f"--config.{each}" for each in overrides]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command, env=environment, check=True)
+    (planned,) = json.loads((home / "plan.json").read_text())["targets"]
+    steps = [planned[name]["step_seconds"] for name in ("fast", "slow")]
+    peak = planned["peak_bytes"] / 2**30
+    return {
+        "planned by": f"{planned['method']} for {target}",
+        "planned step s": " to ".join(f"{seconds:.3g}" for seconds in steps),
+        "step, measured / planned": measured["step s"] / planned["expected"]["step_seconds"],
+        "planned peak GiB": peak,
+        "peak, measured / planned": measured["peak GiB"] and measured["peak GiB"] / peak,
+    }
+
+
+def name_target(chip, n_devices):
+    """Return --on of so many devices of a chip; None: no slice of them is offered."""
+    from jaxpt import hardware
+
+    if chip.platform != "tpu":
+        return f"{chip.name}:{n_devices}"
+    n_chips = n_devices // chip.devices_per_chip
+    sizes = [size for size in hardware.list_slices(chip) if math.prod(size) == n_chips]
+    return f"{chip.name}:{hardware.format_topology(sizes[0])}" if sizes else None
+
+
 def measure_torch_train(args):
     """transformers' Llama of the same shape: FSDP2, torch.compile, sdpa, fused AdamW.
 
-    Its sequences are one document each and it recomputes nothing, unlike jaxpt's.
+    Its sequences are one document each, as those of `train-whole`, and it recomputes nothing. The
+    batch is halved until it fits.
     """
     import torch
     import transformers
@@ -297,25 +467,41 @@ def measure_torch_train(args):
     else:
         model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, weight_decay=0.1, fused=True)
-    tokens = torch.randint(0, V, (B, T), device=device)
+
+    @torch.compile
+    def compute_loss(logits, labels):  # compiled, it makes no float32 logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
     def run():
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
+        logits = model(input_ids=tokens[:, :-1]).logits
+        compute_loss(logits, tokens[:, 1:]).backward()
+        del logits
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    seconds = time_calls(run, args.steps, torch_wait)
+    while True:
+        tokens = torch.randint(0, V, (B, T + 1), device=device)
+        try:
+            seconds = time_calls(run, args.steps, torch_wait)
+            break
+        except torch.OutOfMemoryError:
+            if B == 1:
+                raise
+            B //= 2
+        optimizer.zero_grad()
+        torch.cuda.empty_cache()
     torch.distributed.destroy_process_group()
     memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
     return {
         "tokens/s per device": B * T / seconds,
-        "devices": 1,
-        "documents": "whole sequences",
-        "recomputed": "nothing",
         "step s": seconds,
         "peak GiB": memory,
+        "devices": 1,
+        "sequences per device": B,
+        "documents": "whole sequences",
+        "recomputed": "nothing",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 
@@ -325,7 +511,7 @@ def measure_decode(args):
 
     from jaxpt.model import decode
 
-    _, spec, _, state, _ = make_run(args, "xla")
+    _, spec, _, state, _ = make_run(args, ())
     n_new = 8 if args.tiny else 256
     spec = spec.replace(eos_ids=())
     prompts = np.random.default_rng(0).integers(1, spec.vocab_size, (8, 128)).tolist()
@@ -342,7 +528,7 @@ def measure_evaluate(args):
 
     from jaxpt.evaluate import likelihood
 
-    settings, spec, _, state, _ = make_run(args, "xla")
+    settings, spec, _, state, _ = make_run(args, ())
     length = settings.pack.seq_len // 4
     texts = np.random.default_rng(0).integers(1, spec.vocab_size, (64, length)).tolist()
     pairs = [(text[: length // 2], text[length // 2 :]) for text in texts]
@@ -356,7 +542,10 @@ def measure_evaluate(args):
 
 
 def measure_resume(args):
-    """A run that is killed and resumed ends with the losses of one that was left alone."""
+    """The losses of a run that is killed and resumed, beside one that was left alone.
+
+    They are equal where the device sums in the same order each time, as a CPU does.
+    """
     home = args.out / "resume"
     shutil.rmtree(home, ignore_errors=True)  # a finished run does nothing when started again
     home.mkdir()
@@ -364,16 +553,14 @@ def measure_resume(args):
     jaxpt = [sys.executable, "-m", "jaxpt"]
     flags = ["--config", "recipe.py", "--workdir"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    start = functools.partial(
-        subprocess.run, cwd=home, env=environment, check=True, stdout=sys.stderr
-    )
+    start = functools.partial(subprocess.run, cwd=home, env=environment, check=True)
     for name in ("prepare", "train_tokenizer", "pack"):
         start([*jaxpt, name, *flags, "data"])
-    data = '--config.mixture.packed_paths=("data/packed",)'
-    start([*jaxpt, "train", *flags, "alone", data])
-    killed = subprocess.Popen(
-        [*jaxpt, "train", *flags, "killed", data], cwd=home, env=environment, stdout=sys.stderr
-    )
+    data = ['--config.mixture.packed_paths=("data/packed",)']
+    if not args.tiny:
+        data.append("--config.train.compute_dtype=bfloat16")
+    start([*jaxpt, "train", *flags, "alone", *data])
+    killed = subprocess.Popen([*jaxpt, "train", *flags, "killed", *data], cwd=home, env=environment)
     while killed.poll() is None and len(read_losses(home / "killed")) < 10:
         time.sleep(0.005)
     killed.kill()
@@ -381,14 +568,19 @@ def measure_resume(args):
         raise SystemExit(f"the run ended before it was killed, with status {killed.returncode}")
     before = len(read_losses(home / "killed"))
     begin = time.monotonic()
-    start([*jaxpt, "train", *flags, "killed", data])
+    start([*jaxpt, "train", *flags, "killed", *data])
     alone, resumed = (read_losses(home / name) for name in ("alone", "killed"))
-    if alone != resumed:
-        raise SystemExit("the resumed run has other losses")
+    if alone.keys() != resumed.keys():
+        raise SystemExit("the resumed run has other steps")
+    differences = [abs(alone[step] - resumed[step]) for step in alone]
+    first = (home / "alone" / "starts.jsonl").read_text().splitlines()[0]
     return {
         "killed after step": before,
-        "losses equal": len(alone),
+        "steps": len(alone),
+        "equal losses": differences.count(0.0),
+        "largest difference, nats": max(differences),
         "resume and rest s": time.monotonic() - begin,
+        "device": json.loads(first)["device_kind"],
     }
 
 
@@ -438,7 +630,27 @@ def torch_wait(_):
         torch.cuda.synchronize()
 
 
-def make_run(args, backend, matmul_dtype="compute"):
+def list_overrides(args, n_devices, dtype):
+    """Return the recipe of the train parts, as what is overridden in the default one."""
+    L, D, F, N, K, H, V, T, B = shape_of(args)
+    return [
+        f"model.n_layers={L}",
+        f"model.d_model={D}",
+        f"model.d_ff={F}",
+        f"model.n_heads={N}",
+        f"model.n_kv_heads={K}",
+        f"model.d_head={H}",
+        f"model.vocab_size={V}",
+        f"model.max_seq_len={T}",
+        "model.tie_embeddings=True",
+        f"pack.seq_len={T}",
+        f"train.batch_size={B * n_devices}",
+        "train.remat=minimal",
+        f"train.compute_dtype={dtype}",
+    ]
+
+
+def make_run(args, overrides, is_whole=False):
     """Return settings, architecture, mesh, initial state and a batch."""
     import jax
     import jax.numpy as jnp
@@ -447,27 +659,21 @@ def make_run(args, backend, matmul_dtype="compute"):
     from jaxpt.model import transformer
     from jaxpt.train import state
 
-    L, D, F, N, K, H, V, T, B = shape_of(args)
-    values = config.apply_overrides([])
-    values["model"] |= {"n_layers": L, "d_model": D, "d_ff": F, "n_heads": N, "n_kv_heads": K}
-    values["model"] |= {"d_head": H, "vocab_size": V, "tie_embeddings": True, "max_seq_len": T}
-    values["pack"]["seq_len"] = T
-    values["train"] |= {"batch_size": B * jax.device_count(), "attention": backend}
-    values["train"] |= {"remat": "minimal", "compute_dtype": dtype_of()}
-    values["train"]["matmul_dtype"] = matmul_dtype
-    settings = config.build_config(values)
+    recipe = [*list_overrides(args, jax.device_count(), dtype_of()), *overrides]
+    settings = config.build_config(config.apply_overrides([f"--config.{each}" for each in recipe]))
+    T, V = settings.pack.seq_len, settings.model.vocab_size
     mesh = sharding.make_mesh(settings.mesh)
     spec = initialize.make_random_spec(settings.model, V)
     params = transformer.init_params(spec, 0, mesh, jnp.dtype(settings.initialize.param_dtype))
-    batch = make_packed_batch(settings.train.batch_size, T, V)
+    batch = make_packed_batch(settings.train.batch_size, T, V, is_whole)
     batch = jax.device_put(batch, sharding.make_batch_sharding(mesh))
     return settings, spec, mesh, state.init_state(params, spec, settings.optim, mesh), batch
 
 
-def make_packed_batch(batch_size, T, vocab_size):
-    """Return a Batch of random tokens in documents of T/64 to T/2 tokens.
+def make_packed_batch(batch_size, T, vocab_size, is_whole):
+    """Return a Batch of random tokens in documents of T/64 to T/2 tokens, or one of T.
 
-    A sequence ends in up to T/64 of padding.
+    A sequence of several ends in up to T/64 of padding.
     """
     import numpy as np
 
@@ -477,9 +683,10 @@ def make_packed_batch(batch_size, T, vocab_size):
     tokens = rng.integers(1, vocab_size, (batch_size, T)).astype(np.int32)
     segments, positions = np.zeros((batch_size, T), np.int32), np.zeros((batch_size, T), np.int32)
     for row in range(batch_size):
-        at, document, full = 0, 0, T - rng.integers(0, T // 64)
+        at, document, full = 0, 0, T if is_whole else T - rng.integers(0, T // 64)
         while at < full:
-            length, document = min(rng.integers(T // 64, T // 2), full - at), document + 1
+            length = T if is_whole else min(rng.integers(T // 64, T // 2), full - at)
+            document += 1
             segments[row, at : at + length] = document
             positions[row, at : at + length] = np.arange(length)
             at += length
@@ -489,26 +696,42 @@ def make_packed_batch(batch_size, T, vocab_size):
 
 
 class Part:
-    """A measurement, and the packages without which it is skipped."""
+    """A measurement, the packages without which it is skipped, and whose device it is on."""
 
-    def __init__(self, run, *packages):
-        self.run, self.packages = run, packages
+    def __init__(self, run, *packages, on="JAX"):
+        self.run, self.packages, self.on = run, packages, on
+
+
+def make_train_part(*overrides, is_whole=False):
+    """Return the part of a train step with other settings than `train-auto`'s."""
+
+    def run(args):
+        return measure_train(args, *overrides, is_whole=is_whole)
+
+    return Part(run, *DATA)
 
 
 DATA = ("grain", "pyarrow")
+# the most telling first: what does not fit into the time is left out
 PARTS = {
     "device": Part(measure_device),
-    "train-auto": Part(functools.partial(measure_train, "auto", profile=True), *DATA),
-    "train-xla": Part(functools.partial(measure_train, "xla"), *DATA),
-    "train-float8": Part(functools.partial(measure_train, "auto", matmul_dtype="float8"), *DATA),
-    "train-torch": Part(measure_torch_train, "torch", "transformers"),
+    "train-auto": make_train_part(),
+    "train-float8": make_train_part("train.matmul_dtype=float8"),
+    "train-int8": make_train_part("train.matmul_dtype=int8"),
+    "train-whole": make_train_part(is_whole=True),
+    "train-torch": Part(measure_torch_train, "torch", "transformers", on="torch"),
+    "train-xla": make_train_part("train.attention=xla"),
+    "train-unrolled": make_train_part("train.unroll_layers=16"),
+    "train-dots": make_train_part("train.remat=dots"),
+    "plan": Part(measure_plan, *DATA, on="its own process"),
     "attention-xla": Part(functools.partial(measure_attention, "xla")),
-    "attention-cudnn": Part(functools.partial(measure_attention, "cudnn"), "jax_cuda13_plugin"),
-    "attention-splash": Part(functools.partial(measure_attention, "splash"), "libtpu"),
-    "attention-torch": Part(measure_torch_attention, "torch"),
-    "decode": Part(measure_decode),
-    "evaluate": Part(measure_evaluate),
-    "resume": Part(measure_resume, *DATA, "sentencepiece", "tokenizers"),
+    "attention-cudnn": Part(functools.partial(measure_attention, "cudnn")),
+    "attention-splash": Part(functools.partial(measure_attention, "splash")),
+    "attention-torch": Part(measure_torch_attention, "torch", on="torch"),
+    "decode": Part(measure_decode, *DATA),
+    "evaluate": Part(measure_evaluate, *DATA),
+    "resume": Part(measure_resume, *DATA, "sentencepiece", "tokenizers", on="its own process"),
+    "profile": Part(measure_profile, *DATA),
 }
 
 

@@ -78,14 +78,12 @@ def child(name: str):
     abstract_batch = step.make_abstract_batch(
         settings.train.batch_size, settings.pack.seq_len, mesh
     )
-    run = (
-        step.build_step(spec, settings.train, settings.optim, settings.pack.seq_len, mesh)
-        .lower(
-            state.make_abstract_state(spec, settings.optim, mesh, settings.initialize.param_dtype),
-            abstract_batch,
-        )
-        .compile()
+    abstract_state = state.make_abstract_state(
+        spec, settings.optim, mesh, settings.initialize.param_dtype
     )
+    seq_len = settings.pack.seq_len
+    built = step.build_step(spec, settings.train, settings.optim, seq_len, mesh)
+    run = built.compile(abstract_state, abstract_batch)
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, spec.vocab_size, abstract_batch.tokens.shape, np.int32)
     ones, places = (

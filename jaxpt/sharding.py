@@ -209,9 +209,9 @@ def with_logical_constraint(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def is_on_cpu() -> bool:
-    """Return whether the mesh is of CPUs. Without a mesh it is taken for one."""
+    """Return whether the mesh is of CPUs; without one, whether JAX runs on them."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return device is None or device.platform == "cpu"
+    return (device.platform if device else jax.default_backend()) == "cpu"
 
 
 def jit_once(function: Callable[..., Any], shardings: Any) -> Any:

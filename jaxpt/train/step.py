@@ -86,6 +86,23 @@ class LossInputs(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """A compiled step(state, batch) -> (state, Scalars).
+
+    Attributes:
+        program: jax.stages.Compiled, of all arguments.
+        rest: its arguments after the batch.
+    """
+
+    program: Any
+    rest: tuple[Any, ...]
+
+    def __call__(self, state: TrainState, batch: Batch) -> Any:
+        """Run a step."""
+        return self.program(state, batch, *self.rest)
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainStep:
     """The jitted step(state, batch) -> (state, Scalars) on a schedule.
 
@@ -112,10 +129,10 @@ class TrainStep:
         """Return the lowered step of such arguments, whose program takes the schedule third."""
         return self.program.lower(state, batch, self.schedule, *frozen)
 
-    def compile(self, state: TrainState, batch: Batch, *frozen: Params) -> Callable[..., Any]:
+    def compile(self, state: TrainState, batch: Batch, *frozen: Params) -> CompiledStep:
         """Return the step, compiled for such arguments and with these frozen parameters."""
         compiled = self.lower(state, batch, *frozen).compile()
-        return lambda state, batch: compiled(state, batch, self.schedule, *frozen)
+        return CompiledStep(compiled, (self.schedule, *frozen))
 
 
 def build_step(
