@@ -2,6 +2,7 @@
 and is taken only where it can run.
 """
 
+import dataclasses
 import math
 import re
 import types
@@ -10,6 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as splash_kernels,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
 
 from jaxpt import config, sharding
 from jaxpt.config import Config, MeshConfig, PackConfig, TrainConfig
@@ -345,6 +350,40 @@ def test_a_long_sequence_has_large_blocks_whose_scores_are_made_in_parts(monkeyp
     args = inputs(lengths=((100, 600, 68), (768,)), B=2, T=768)
     for window in (None, 301):
         check_numbers_and_gradients(splash, args, window)
+
+
+@pytest.mark.parametrize("window", [None, 301])
+@pytest.mark.parametrize("lengths", [(100, 600, 68), (768,), (1, 255, 1, 511), (128,) * 6])
+def test_splash_runs_blocks_in_which_a_query_sees_a_key_and_no_others(lengths, window):
+    """Of the forward pass, and of the gradients of q and of k and v, which go over queries."""
+    T, block = 768, 128
+    mask = splash_masks.CausalMask((T, T))
+    if window:
+        mask = splash_masks.LocalMask((T, T), (window - 1, 0), 0)
+    names = [field.name for field in dataclasses.fields(splash_kernels.BlockSizes)]
+    sizes = splash_kernels.BlockSizes(**{name: block for name in names if name.startswith("block")})
+    run = splash_kernels.make_splash_mha(
+        splash_masks.MultiHeadMask([mask]), block_sizes=sizes, head_shards=1, q_seq_shards=1
+    )
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    first = np.array([np.argmax(owner == each) for each in owner])
+    distance = np.arange(T)[:, None] - np.arange(T)
+    seen = (owner[:, None] == owner) & (distance >= 0) & (distance < (window or T))
+    needed = seen.reshape(T // block, block, T // block, block).any((1, 3))
+    first_key = jnp.asarray(first[::block])
+    for info in (run.fwd_mask_info, run.dq_mask_info, run.dkv_mask_info):
+        by_keys = info is run.dkv_mask_info
+        apart = splash_kernel.skip_documents(info, first_key, block, by_keys)
+        turns = np.array(apart.block_mask[0]) > 0
+        loads = np.array(apart.data_next[0])
+        if by_keys:
+            turns, loads = turns.T, loads.T
+        runs = [(i, loads[i, j]) for i, j in zip(*np.nonzero(turns), strict=True)]
+        assert len(runs) == len(set(runs)) == needed.sum()
+        assert all(needed[j, i] if by_keys else needed[i, j] for i, j in runs)
+        blocks, is_run = loads.ravel(), turns.ravel()
+        for at in np.flatnonzero(~is_run[: np.flatnonzero(is_run)[-1]]):
+            assert blocks[at] == blocks[at + 1], "a turn that is skipped loads for the next"
 
 
 def test_sequences_that_the_mesh_does_not_divide_attend_whole_on_every_device():
