@@ -11,8 +11,8 @@ the device that it is for, has a line that says so, and the others run. Parts th
 45 minutes are named and left out.
 
 The model has 1.2B parameters, sequences of 4,096 tokens with several documents each, bfloat16. MFU
-counts each sequence as one document, as everywhere (docs/plan.md). benchmarks/accelerator.md lists
-the packages.
+counts each sequence as one document, as everywhere (docs/plan.md), and beside it attention within
+documents alone. benchmarks/accelerator.md lists the packages.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def read_results(directory):
     return {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
 
 
-COLUMNS = ("tokens/s per device", "MFU", "step s", "peak GiB", "compiler's GiB")
+COLUMNS = ("tokens/s per device", "MFU", "MFU of documents", "step s", "peak GiB", "compiler's GiB")
 
 
 def format_tables(results):
@@ -326,10 +326,15 @@ def measure_train(args, *overrides, is_whole=False):
     speed = B * T / seconds
     peak = hardware.get_peak_flops(jax.devices()[0].device_kind, settings.train.compute_dtype)
     cost = flops.DeviceCost(flops.count_flops_per_token(spec, T), peak)
+    met = measure_mean_document(run.batch.segment_ids)
+    of_documents = flops.DeviceCost(flops.count_flops_per_token(spec, met), peak)
     used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "tokens/s per device": speed / jax.device_count(),
         "MFU": cost.compute_mfu(speed * cost.flops_per_token, jax.device_count()),
+        "MFU of documents": of_documents.compute_mfu(
+            speed * of_documents.flops_per_token, jax.device_count()
+        ),
         "step s": seconds,
         "peak GiB": used and used / 2**30,
         "compiler's GiB": planned / 2**30,
@@ -341,6 +346,16 @@ def measure_train(args, *overrides, is_whole=False):
         "first loss": float(first["loss"]),
         "first gradient norm": float(first["grad_norm"]),
     }
+
+
+def measure_mean_document(segment_ids):
+    """Return the mean over tokens of the length of their document, in tokens."""
+    import numpy as np
+
+    total = 0
+    for ids in np.asarray(segment_ids):
+        total += int((np.bincount(ids) ** 2).sum())  # ids of a sequence: 0 is its padding
+    return round(total / segment_ids.size)
 
 
 class TrainCall:

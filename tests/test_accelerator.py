@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -44,6 +45,11 @@ def test_every_part_runs_at_a_tiny_size_or_says_what_it_lacks(tmp_path):
     table = (tmp_path / "table.md").read_text().splitlines()
     parts = [line.split(" | ")[0].strip("| ") for line in table if " | " in line]
     assert sorted(parts) == sorted([*accelerator.PARTS, "train step", "part"])
+
+
+def test_a_tokens_document_is_as_long_as_its_tokens_say():
+    ids = np.array([[1, 1, 1, 1, 2, 0], [3, 3, 3, 3, 3, 3]])
+    assert accelerator.measure_mean_document(ids) == round((16 + 1 + 1 + 36) / 12)
 
 
 def test_a_big_model_is_not_measured_on_a_cpu(tmp_path):

@@ -16,6 +16,7 @@ from conftest import SMALL_SPEC
 from jaxpt import sharding
 from jaxpt.config import Config, MeshConfig, MixtureConfig, OptimConfig, PackConfig, TrainConfig
 from jaxpt.model import transformer
+from jaxpt.model.kernels import select, splash
 from jaxpt.model.param import is_param_spec
 from jaxpt.spec import Batch, UserError
 from jaxpt.train import distributed, forgetting, optimizer, state, step
@@ -141,6 +142,33 @@ def test_any_mesh_gives_the_curve_of_one_device(one, alone, sizes):
     # float32 sums in another order; 6 updates at a high learning rate carry that along
     np.testing.assert_allclose(spread, alone, rtol=2e-5)
     assert int(now.step) == 6
+
+
+def test_a_kernel_on_sharded_sequences_gives_the_curve_of_one_device(one, monkeypatch):
+    """A TPU's kernel, interpreted: positions are exchanged for heads, and 2 kv heads repeated."""
+    spec = SPEC.replace(n_heads=8, n_kv_heads=2, max_seq_len=256)
+    pack = PackConfig(seq_len=256)
+    settings = dataclasses.replace(SETTINGS, pack=pack)
+
+    def train(mesh):
+        now, losses = make_state(mesh, settings, spec), []
+        built = step.build_step(spec, settings.train, settings.optim, 256, mesh)
+        for i in range(4):
+            now, metrics = built(now, put(make_batch(i, 16, 256), mesh))
+            losses.append(float(metrics["loss"]))
+        return np.array(losses)
+
+    plain = train(one)
+    monkeypatch.setattr(splash, "BLOCK", 128)
+    interpreted = functools.partial(splash.splash_attend, interpret=True)
+    monkeypatch.setitem(select.BACKENDS, "splash", interpreted)
+    monkeypatch.setitem(select.KNOB.by_platform, "cpu", "splash")
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2, context=2))
+    request = step.make_attention_request(settings.train, 256)
+    assert select.choose_backend(spec, request, mesh)[0] == "splash"
+    kernel = train(mesh)
+    assert plain[-1] < plain[0] - 0.3
+    np.testing.assert_allclose(kernel, plain, rtol=2e-5)
 
 
 def test_accumulation_equals_one_large_batch_whatever_the_padding(one, run):
