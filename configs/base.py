@@ -151,8 +151,9 @@ def get_config():
     # Activation checkpointing policy, from most memory to least: none, dots, minimal, full. offload
     # is dots kept in host memory.
     c.train.remat = "none"
-    # Layers in the body of the loop over layers, of which more are faster and compile longer; 0:
-    # one on an accelerator, on a CPU as the run's length pays for. See docs/performance.md.
+    # Layers in the body of the loop over layers: more take longer to compile, and a CPU less time
+    # for a step; 0: as many as the run's length pays for there, one on an accelerator. See
+    # docs/performance.md.
     c.train.unroll_layers = 0
     # Learn preferences from pairs (DPO), against the initial model: 0.1 is usual, less lets it move
     # further away. Needs data of pairs; 0: the next token.

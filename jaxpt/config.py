@@ -276,8 +276,9 @@ class TrainConfig:
     )
     unroll_layers: int = knob(
         0,
-        "Layers in the body of the loop over layers, of which more are faster and compile longer; "
-        "0: one on an accelerator, on a CPU as the run's length pays for. See docs/performance.md.",
+        "Layers in the body of the loop over layers: more take longer to compile, and a CPU less "
+        "time for a step; 0: as many as the run's length pays for there, one on an accelerator. "
+        "See docs/performance.md.",
     )
     dpo_beta: float = knob(
         0.0,

@@ -100,7 +100,7 @@ class Chip:
         return getattr(self, f"{dtype}_flops")
 
     def has_units(self, dtype: str) -> bool:
-        """Return whether matmuls in "float8" or "int8" are faster than in bfloat16."""
+        """Return whether matmuls in "float8" or "int8" have a higher peak than in bfloat16."""
         return getattr(self, f"{dtype}_flops") is not None
 
 

@@ -34,7 +34,9 @@ PACK_CLONE = (
     "tar -cz --null -T -"
 )
 # variables that are handed on where they are set here, besides those of --env
-HANDED_ON = ("HF_TOKEN", "WANDB_API_KEY", "JAXPT_WEBHOOK", "XLA_FLAGS", "LIBTPU_INIT_ARGS")
+HANDED_ON = ("HF_TOKEN", "WANDB_API_KEY", "JAXPT_WEBHOOK")
+HANDED_ON += ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_OPTIMIZATION_LEVEL")  # a user's own win there
+HANDED_ON += ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 # values go through a pipe into a file that others cannot read: neither a command line nor this
 # machine's terminal shows them
 PRINT_VARIABLES = (

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
-from jaxpt import doctor, io, stage
+from jaxpt import doctor, io, stage, xla_settings
 from jaxpt.data import teacher_samples
 from jaxpt.spec import Manifest, UserError
 from jaxpt.weights import checkpoint, hub
@@ -152,9 +153,22 @@ def describe_node_facts(node: LineageNode, versions: dict[str, str]) -> list[str
     machine = doctor.read_summary(node.path) if doctor.FILE in manifest.outputs else ""
     if machine:
         facts.append(f"measured before: {machine}")
+    variables = read_variables(node.path) if manifest.stage == "train" else {}
+    if variables:
+        facts.append(f"environment: {xla_settings.format_variables(variables)}")
     if node.has_changed:
         facts.append("made again since it was read: something else is there now")
     return facts
+
+
+def read_variables(run_dir: io.Path) -> dict[str, str]:
+    """Return the variables for XLA and JAX of a run's last start, by its starts.jsonl."""
+    for line in reversed(io.read_lines(run_dir / "starts.jsonl")):
+        try:
+            return json.loads(line)["variables"]
+        except (ValueError, KeyError):
+            continue
+    return {}
 
 
 def find_output_checkpoint(node: LineageNode, manifest: Manifest) -> io.Path | None:

@@ -38,6 +38,7 @@ TPU_FLAGS = {
 FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 # JAX's name for the share of a card's memory, and an older one; it refuses both at once
 MEM_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+NVIDIA_CARDS, DEVICE_FILES = pathlib.Path("/proc/driver/nvidia/gpus"), pathlib.Path("/dev")
 VARIABLES = (*FLAG_VARIABLES, "JAX_OPTIMIZATION_LEVEL", *MEM_VARIABLES)
 
 
@@ -74,7 +75,13 @@ def list_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def join_flags(ours: Mapping[str, str], theirs: str) -> str:
-    """Return a user's flags after those of ours that they do not set."""
+    """Return a user's flags after those of ours that they do not set.
+
+    A value that is no flag names a file of flags, which XLA reads if nothing else is there: it
+    stays as it is.
+    """
+    if theirs.strip() and not theirs.strip().startswith("-"):
+        return theirs
     names = {word.partition("=")[0] for word in theirs.split()}
     added = [f"{name}={value}" for name, value in ours.items() if name not in names]
     return " ".join([*added, *theirs.split()])
@@ -92,12 +99,12 @@ def set_variables() -> None:
 def find_accelerator() -> tuple[str, Chip | None]:
     """Return the platform that JAX will take here and its chip, if known, without starting JAX."""
     asked = os.environ.get("JAX_PLATFORMS", "")
-    cards = sorted(pathlib.Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    cards = sorted(NVIDIA_CARDS.glob("*/information"))
     if cards and asked.partition(",")[0] in ("", "cuda", "gpu"):
         lines = cards[0].read_text().splitlines()
         models = [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
         return "cuda", hardware.find_chip(models[0]) if models else None
-    is_tpu = any(pathlib.Path("/dev").glob("accel[0-9]*")) or pathlib.Path("/dev/vfio/0").exists()
+    is_tpu = any(DEVICE_FILES.glob("accel[0-9]*")) or (DEVICE_FILES / "vfio/0").exists()
     if is_tpu and asked.partition(",")[0] in ("", "tpu"):
         return "tpu", None
     return "cpu", None

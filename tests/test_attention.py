@@ -3,6 +3,7 @@ and is taken only where it can run.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 import types
@@ -16,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
 
-from jaxpt import config, sharding
+from jaxpt import config, hardware, sharding
 from jaxpt.config import Config, MeshConfig, PackConfig, TrainConfig
 from jaxpt.model.attention import attend_plain
 from jaxpt.model.kernels import blockwise, select
@@ -31,6 +32,7 @@ from jaxpt.model.kernels.blockwise import (
     split_queries,
 )
 from jaxpt.model.kernels.splash import choose_blocks, splash_attend
+from jaxpt.plan import roofline
 from jaxpt.spec import ModelSpec, UserError
 from jaxpt.train.step import make_attention_request
 
@@ -405,12 +407,12 @@ def test_sequences_that_the_mesh_does_not_divide_attend_whole_on_every_device():
 SPEC = ModelSpec(n_layers=5, d_model=24, d_ff=40, n_heads=6, n_kv_heads=2, d_head=8, vocab_size=96)
 
 
-def on(platform, kind="", capability="9.0", position=1):
+def on(platform, kind="", capability="9.0", position=1, tensor=1):
     """A stand-in for a mesh over such devices."""
     device = types.SimpleNamespace(
         platform=platform, device_kind=kind, compute_capability=capability
     )
-    shape = {"replica": 1, "fsdp": 1, "expert": 1, "tensor": 1, "context": position}
+    shape = {"replica": 1, "fsdp": 1, "expert": 1, "tensor": tensor, "context": position}
     return types.SimpleNamespace(devices=np.array([device]), shape=shape)
 
 
@@ -461,6 +463,32 @@ def test_the_backend_follows_platform_and_shape_and_gives_its_reason(mesh, chose
 
 
 @pytest.mark.parametrize(
+    ("target", "device"),
+    [("v5p:2x2x1", TPU), ("h100:8", H100), ("a100:8", A100), ("cpu:4", ("cpu", "cpu"))],
+)
+def test_a_plan_expects_the_backend_that_a_run_takes(target, device):
+    target = hardware.parse_target(target)
+    wide = SPEC.replace(n_heads=12, n_kv_heads=4, d_head=16)
+    specs = [wide, wide.replace(d_head=12), wide.replace(d_head=144)]
+    specs += [wide.replace(attention_softcap=30.0)]
+    found = set()
+    for spec, tensor, context, seq_len, dtype in itertools.product(
+        specs, (1, 2), (1, 2, 3, 4), (256, 200), ("bfloat16", "float32")
+    ):
+        mesh = on(*device, position=context, tensor=tensor)
+        chosen = settings(seq_len=seq_len, compute_dtype=dtype)
+        request = make_attention_request(chosen.train, seq_len)
+        expected, _ = select.choose_backend(spec, request, mesh)
+        planned = roofline.predict_attention_backend(
+            spec, seq_len, chosen.train, mesh.shape, target
+        )
+        assert planned == expected, (spec, tensor, context, seq_len, dtype)
+        found.add(planned)
+    kernel = {"tpu": {"splash"}, "gpu": {"cudnn"} if device == H100 else set()}
+    assert found == {"xla"} | kernel.get(device[0], set())
+
+
+@pytest.mark.parametrize(
     ("mesh", "requested", "message"),
     [
         (on("cpu", "cpu"), "splash", "splash runs on TPU"),
@@ -502,7 +530,32 @@ def test_a_kernel_that_fails_or_gives_other_numbers_is_not_used(monkeypatch):
     assert found and "its output on cpu differs" in found
     assert "by nan x" in judge(lambda q, *_: q * jnp.nan)
     assert "fails on cpu" in judge(lambda q, *_: q.reshape(7))
+
+    def fail(*_):
+        raise AssertionError()
+
+    assert judge(fail) == "it fails on cpu (AssertionError())"
+    monkeypatch.setitem(select.BACKENDS, "xla", fail)
+    assert judge(plain) == "xla, to compare it with, fails on cpu (AssertionError())"
     select.check_against_reference.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "context", "heads"),
+    [
+        (1, 1, (12, 4)),
+        (2, 1, (6, 2)),
+        (1, 2, (6, 2)),
+        (2, 2, (3, 1)),
+        (1, 3, (4, 4)),
+        (2, 3, (2, 2)),
+    ],
+)
+def test_a_kernel_is_tried_with_the_heads_of_one_device(tensor, context, heads):
+    """Kv heads are repeated until positions can be exchanged for them."""
+    spec = SPEC.replace(n_heads=12, n_kv_heads=4)
+    own = select.take_own_heads(spec, on(*TPU, position=context, tensor=tensor))
+    assert (own.n_heads, own.n_kv_heads) == heads
 
 
 def test_an_unknown_backend_is_refused_by_the_config():

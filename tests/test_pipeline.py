@@ -212,6 +212,21 @@ def test_an_export_tells_its_whole_lineage_and_all_of_it_holds(pipeline):
     assert printed.count("verified: ") == 7 and "not verified" not in printed
 
 
+def test_lineage_names_the_variables_of_a_runs_last_start(pipeline, tmp_path):
+    shutil.copytree(pipeline / "base", tmp_path / "base", symlinks=True)
+    assert "environment" not in run_command("report", "--lineage", "base", cwd=tmp_path)
+    starts = tmp_path / "base/starts.jsonl"
+    last = json.loads(starts.read_text().splitlines()[-1])
+    flags = {"XLA_FLAGS": "--xla_a=1 --xla_b=2"}
+    for variables in ({"XLA_FLAGS": "--xla_old=1"}, flags):
+        with open(starts, "a", encoding="utf-8") as file:
+            file.write(json.dumps(last | {"variables": variables}) + "\n")
+    with open(starts, "a", encoding="utf-8") as file:
+        file.write('{"variables": {"XLA')
+    printed = run_command("report", "--lineage", "base", cwd=tmp_path)
+    assert "environment: XLA_FLAGS='--xla_a=1 --xla_b=2'" in printed
+
+
 @pytest.mark.parametrize(
     ("file", "harm", "answer"),
     [

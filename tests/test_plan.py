@@ -187,6 +187,12 @@ def test_a_device_alone_receives_nothing(spec):
     for cut, axis in axes.items():
         found = count_received(alone | {cut: 2})
         assert found[axis] > 0
+    # with context 8 keys and values of 7 devices, or 7/8 of queries, keys, values and results
+    share = roofline.DeviceShare.from_config(SMALL.train, 4096, alone | {"context": 8})
+    passes = 3 * LLAMA3_8B.n_layers * share.microbatch_tokens * share.grad_accum_steps
+    for attention, n_heads in (("xla", 7 * 2 * 8), ("splash", 7 / 8 * 2 * (32 + 8))):
+        found = roofline.estimate_comm_bytes(LLAMA3_8B, share, attention)["position"]
+        assert found == pytest.approx(passes * n_heads * 128 * share.compute_bytes)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "minimal", "full"])
@@ -746,7 +752,9 @@ def test_the_train_step_compiles_for_accelerators_with_their_kernels(on, kernel,
     assert record.method == "compiled" and record.fits and record.attention == kernel
     auto = dataclasses.replace(train, attention="auto")
     seq_len, target = settings.pack.seq_len, hardware.parse_target(on)
-    backend = roofline.predict_attention_backend(seq_len, auto, settings.mesh, target)
+    spec, _ = cost.resolve_model_spec(settings)
+    mesh = {"tensor": 2, "context": 1}
+    backend = roofline.predict_attention_backend(spec, seq_len, auto, mesh, target)
     assert backend in ("splash", "cudnn")
     assert record.executed_flops_per_token > record.flops_per_token
     assert len(record.layer_collectives) == 2 and all(

@@ -171,6 +171,14 @@ def test_a_kernel_on_sharded_sequences_gives_the_curve_of_one_device(one, monkey
     np.testing.assert_allclose(kernel, plain, rtol=2e-5)
 
 
+def test_layers_in_a_loop_and_unrolled_give_one_curve(one):
+    losses = []
+    for n in (1, SPEC.n_layers):
+        knobs = dataclasses.replace(SETTINGS.train, unroll_layers=n)
+        losses.append(train(one, dataclasses.replace(SETTINGS, train=knobs), n=3)[0])
+    np.testing.assert_allclose(*losses, rtol=2e-5)
+
+
 def test_accumulation_equals_one_large_batch_whatever_the_padding(one, run):
     settings = dataclasses.replace(
         SETTINGS, train=dataclasses.replace(SETTINGS.train, grad_accum_steps=8)

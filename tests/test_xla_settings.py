@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from jaxpt import hardware, xla_settings
+from jaxpt import hardware, launch, xla_settings
 from jaxpt.plan import compile
 
 CHIPS = [chip for chip in hardware.CHIPS.values() if chip.platform != "cpu"]
@@ -76,6 +76,39 @@ def test_a_users_own_flags_and_variables_win():
     tpu = xla_settings.choose_variables("tpu", None, {"LIBTPU_INIT_ARGS": "--xla_a=b"})
     assert tpu["LIBTPU_INIT_ARGS"].split()[-1] == "--xla_a=b" and len(tpu) == 1
     assert xla_settings.choose_variables("cpu", None, user) == {}
+
+
+def test_a_users_file_of_flags_is_left_alone():
+    """XLA reads flags from a file of that name only if nothing else is there."""
+    found = xla_settings.choose_variables("cuda", None, {"XLA_FLAGS": "flags.txt"})
+    assert found["XLA_FLAGS"] == "flags.txt" and found["JAX_OPTIMIZATION_LEVEL"] == "O1"
+
+
+def test_launch_hands_on_what_a_user_set():
+    assert set(xla_settings.VARIABLES) <= set(launch.HANDED_ON)
+
+
+@pytest.mark.parametrize(
+    ("files", "asked", "found"),
+    [
+        ({"cards/0/information": "Model: \t NVIDIA H100 80GB HBM3\n"}, "", ("cuda", "h100")),
+        ({"cards/0/information": "Model: \t NVIDIA T1000\n"}, "cuda,cpu", ("cuda", None)),
+        ({"cards/0/information": "Model: \t NVIDIA H100 80GB HBM3\n"}, "cpu", ("cpu", None)),
+        ({"dev/accel0": ""}, "", ("tpu", None)),
+        ({"dev/vfio/0": ""}, "tpu,cpu", ("tpu", None)),
+        ({"dev/accel0": ""}, "cpu", ("cpu", None)),
+        ({"dev/null": ""}, "", ("cpu", None)),
+    ],
+)
+def test_a_card_or_tpu_is_found_before_jax_starts(monkeypatch, tmp_path, files, asked, found):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(xla_settings, "NVIDIA_CARDS", tmp_path / "cards")
+    monkeypatch.setattr(xla_settings, "DEVICE_FILES", tmp_path / "dev")
+    monkeypatch.setenv("JAX_PLATFORMS", asked)
+    platform, chip = xla_settings.find_accelerator()
+    assert (platform, chip and chip.name) == found
 
 
 @pytest.mark.parametrize(

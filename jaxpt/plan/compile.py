@@ -147,7 +147,8 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
     devices = make_target_devices(target, missing)
     mesh = sharding.make_mesh(settings.mesh, devices)
     sharding.check_mesh_divides(mesh, spec, train.batch_size, train.grad_accum_steps, seq_len)
-    attention = roofline.predict_attention_backend(seq_len, train, settings.mesh, target)
+    shape = dict(mesh.shape)
+    attention = roofline.predict_attention_backend(spec, seq_len, train, shape, target)
     experts = None
     if not missing:
         attention = step.choose_kernels(spec, train, seq_len, mesh).attention
@@ -174,7 +175,7 @@ def analyze_step_in_process(request: AnalysisRequest) -> StepAnalysis:
         loop_body_flops = count_matmul_flops(program, None) / target.n_devices
 
     whole = roofline.count_state_bytes(spec, settings.optim, settings.initialize.param_dtype)
-    estimate = roofline.estimate_step(spec, whole, train, seq_len, dict(mesh.shape), attention)
+    estimate = roofline.estimate_step(spec, whole, train, seq_len, shape, attention)
     abstract_state = state.make_abstract_state(
         spec, settings.optim, mesh, settings.initialize.param_dtype
     )

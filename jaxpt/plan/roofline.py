@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxpt import sharding
-from jaxpt.config import MeshConfig, OptimConfig, TrainConfig
+from jaxpt.config import OptimConfig, TrainConfig
 from jaxpt.flops import (
     compute_mean_context,
     count_attention_flops,
@@ -293,12 +294,15 @@ def count_expert_rows(spec: ModelSpec, share: DeviceShare) -> int:
     return share.n_expert * min(spec.n_experts_per_token, n_own)
 
 
-def estimate_comm_bytes(spec: ModelSpec, share: DeviceShare) -> dict[str, float]:
+def estimate_comm_bytes(
+    spec: ModelSpec, share: DeviceShare, attention: str = "xla"
+) -> dict[str, float]:
     """Return logical axis -> the least bytes that a device receives per step as it is sharded.
 
     fsdp: weights are gathered per micro-batch for forward and backward, and float32 gradients are
     summed on the way back. tensor: each layer's two results are summed in forward, backward and
-    recomputation. context: each layer's keys and values are gathered, as often. expert: the tokens
+    recomputation. context: each layer's keys and values are gathered, as often; a kernel's queries,
+    keys, values and results are exchanged for those of whole sequences. expert: the tokens
     of each layer and their gradients are gathered and scattered, six times in all.
     """
     n_bytes = share.compute_bytes
@@ -308,9 +312,13 @@ def estimate_comm_bytes(spec: ModelSpec, share: DeviceShare) -> dict[str, float]
     fsdp = (2 * n_bytes + 4) * fsdp_params
     tensor = 6 * 2 * tokens * spec.d_model * n_bytes
     tensor *= 1 - 1 / share.n_tensor
-    kv_width = 2 * spec.n_kv_heads * spec.d_head / share.n_tensor
-    n_received = 3 * tokens * (share.n_context - 1)
-    context = n_received * kv_width * n_bytes
+    n_kv_heads = spec.n_kv_heads / share.n_tensor
+    n_received = share.n_context - 1  # times a device's own keys and values
+    if attention != "xla":
+        repeated = math.lcm(round(n_kv_heads), share.n_context)
+        n_kv_heads = spec.n_heads / share.n_tensor + repeated
+        n_received /= share.n_context
+    context = 3 * tokens * n_received * 2 * n_kv_heads * spec.d_head * n_bytes
     expert = 6 * tokens * (share.n_expert - 1) * spec.d_model * n_bytes
     of_layer = {"experts": expert, "mlp": tensor, "position": context}
     micro_batch = {"embed": fsdp} | {axis: spec.n_layers * n for axis, n in of_layer.items()}
@@ -420,7 +428,7 @@ def estimate_step(
         export_bytes=params_bytes + largest_tensor * state.param,
         peak_bytes=state_bytes + temporary_bytes,
         exceeds_memory=False,
-        comm_bytes=estimate_comm_bytes(spec, share),
+        comm_bytes=estimate_comm_bytes(spec, share, attention),
         memory_traffic_bytes=round(traffic),
         executed_flops=train.batch_size * seq_len * per_token,
         loop_body_flops=None,
@@ -468,16 +476,19 @@ def add_frozen(
 
 
 def predict_attention_backend(
-    seq_len: int, train: TrainConfig, mesh: MeshConfig, target: Target
+    spec: ModelSpec, seq_len: int, train: TrainConfig, mesh: Mapping[str, int], target: Target
 ) -> str:
-    """Return the backend that model/attention.py would choose, as far as known without a device."""
+    """Return the backend that kernels/select.py would choose, as far as known without a device."""
     chip = target.chip
-    has_whole_sequences = seq_len % 128 == 0 and mesh.context == 1
-    if train.attention == "xla" or not has_whole_sequences:
+    n_heads = spec.n_heads // mesh["tensor"]  # which positions are exchanged for
+    has_kernel_shapes = seq_len % 128 == 0 and n_heads % mesh["context"] == 0
+    if train.attention == "xla" or not has_kernel_shapes or spec.attention_softcap is not None:
         return "xla"
     if chip.platform == "tpu":
         return "splash"
     # cuDNN attends to packed documents from Hopper on
-    if chip.gpu and chip.gpu.capability >= (9, 0):
+    is_hopper = chip.gpu is not None and chip.gpu.capability >= (9, 0)
+    has_cudnn_shapes = spec.d_head % 8 == 0 and spec.d_head <= 128
+    if is_hopper and has_cudnn_shapes and train.compute_dtype == "bfloat16":
         return "cudnn"
     return "xla"

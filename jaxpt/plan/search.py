@@ -277,7 +277,7 @@ def estimate_layout(
 ) -> Layout:
     """Return a layout with its estimated memory and step time."""
     train, seq_len = settings.train, settings.pack.seq_len
-    attention = roofline.predict_attention_backend(seq_len, train, settings.mesh, target)
+    attention = roofline.predict_attention_backend(spec, seq_len, train, shape, target)
     analysis = roofline.estimate_step(spec, state, train, seq_len, shape, attention)
     if frozen:
         analysis = roofline.add_frozen(analysis, spec, frozen, train, seq_len)

@@ -71,6 +71,7 @@ def resume_session(run: RunContext, directory: io.Path, lost: LostWork = LostWor
     """Return the session that a checkpoint of the run continues."""
     session = Session(run, begin.read_start(run, directory), lost)
     session.reference = begin.load_reference(run, session.spec)
+    session.check_kernels()
     # the checkpoint is read while the step is compiled, or read from the cache
     average = describe_average(run.config.optim, run.config.train.steps)
     with session.explain_start(), concurrent.futures.ThreadPoolExecutor(1) as executor:
@@ -94,6 +95,7 @@ def init_session(run: RunContext, lost: LostWork = LostWork()) -> Session:
     initial = begin.init_run(run)
     session = Session(run, initial.start, lost)
     session.reference = begin.copy_reference(run, session.spec, initial.state.params)
+    session.check_kernels()
     with session.explain_start():
         session.state = initial.state
         for shape in reversed(session.list_next_shapes()):  # the first one is compiled last
@@ -342,6 +344,16 @@ class Session:
         train = dataclasses.replace(train, batch_size=shape.batch_size)
         return distributed.explain_out_of_memory(train, shape.seq_len)
 
+    def check_kernels(self) -> None:
+        """Raise UserError, on every process, if a kernel holds on some hosts alone."""
+        facts = {}
+        for shape in self.list_next_shapes():
+            train = self.train_settings(shape)
+            kernels = step.choose_kernels(self.spec, train, shape.seq_len, self.run.mesh)
+            for name, kernel in kernels._asdict().items():
+                facts[f"the kernel for {name} at {shape.seq_len} tokens"] = str(kernel)
+        agreement.check_same("kernels", facts)
+
     def compile_step(self, shape: StepShape | None = None) -> Any:
         """Return the train step of the model as it is, compiled once for a shape; None: the next.
 
@@ -522,7 +534,7 @@ def log_fast_paths(
     if dtype == "bfloat16" and on_cpu:
         note = " (XLA's CPU converts to float32: slower than compute_dtype=float32)"
     elif dtype == "float32" and not on_cpu:
-        note = " (bfloat16 is several times faster here: train.compute_dtype)"
+        note = " (bfloat16 has several times its peak here: train.compute_dtype)"
     log.info(f"matmuls: {describe_low_matmuls(spec, train, seq_len, on_cpu)}{dtype}{note}")
     n_tokens = loss.count_chunk_tokens(mesh)
     log.info(f"loss: chunks of {n_tokens:,} tokens over all devices; remat: {train.remat}")

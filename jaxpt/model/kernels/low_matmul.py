@@ -199,6 +199,6 @@ def refuse(dtype: str, name: str) -> None:
     """Raise the UserError for a device without the units."""
     names = ", ".join(chip.name for chip in hardware.CHIP_TABLE if chip.has_units(dtype))
     raise UserError(
-        f"train.matmul_dtype: {name} multiplies in {dtype} no faster than in bfloat16; {names} do. "
+        f"train.matmul_dtype: {name} has no higher peak in {dtype} than in bfloat16; {names} have. "
         "Use compute."
     )

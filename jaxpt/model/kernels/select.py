@@ -1,4 +1,4 @@
-"""Attention by the fastest kernel that supports a run: one signature, several backends.
+"""Attention by the platform's kernel where it supports a run: one signature, several backends.
 
 `xla` runs everywhere, `splash` is JAX's TPU kernel, `cudnn` is NVIDIA's, through JAX. All attend to
 the same keys as the plain formula and give the same numbers (tests/test_attention.py).
@@ -91,8 +91,10 @@ def choose_backend(
         reason = unsupported_reason(kernel, spec, request, mesh)
         if reason or not can_run_on(device):
             return reason
-        local = mesh.local_devices[0]
-        return check_against_reference(kernel, spec, request.seq_len, request.dtype, local)
+        own = take_own_heads(spec, mesh)
+        return check_against_reference(
+            kernel, own, request.seq_len, request.dtype, mesh.local_devices[0]
+        )
 
     return choose_kernel(KNOB, request.backend, device, find_reason)
 
@@ -136,6 +138,16 @@ def unsupported_reason(
             "(a higher train.grad_accum_steps)"
         )
     return None
+
+
+def take_own_heads(spec: ModelSpec, mesh: jax.sharding.Mesh) -> ModelSpec:
+    """Return the architecture with the heads that one device attends with."""
+    n_context = n_shards(mesh, "position")
+    n_kv_heads = spec.n_kv_heads // n_shards(mesh, "kv_heads")
+    return spec.replace(
+        n_heads=spec.n_heads // n_shards(mesh, "heads") // n_context,
+        n_kv_heads=math.lcm(n_kv_heads, n_context) // n_context,
+    )
 
 
 @functools.lru_cache(maxsize=64)

@@ -61,7 +61,7 @@ def choose_kernel(
     if not reason:
         return kernel, f"the kernel for {kind}"
     if requested == "auto":
-        return knob.plain, f"{kernel} does not support this run: {reason}; slower, and more memory"
+        return knob.plain, f"{kernel} does not support this run: {reason}; more memory traffic"
     raise UserError(
         f"{knob.name}: {requested} does not support this run: {reason}. Use auto or {knob.plain}, "
         "or change that."
@@ -84,15 +84,17 @@ def describe_difference(
         run: returns the arrays of either, by what they are.
         device_kind: where it runs.
     """
-    try:
-        found = jax.device_get(run(kernel))
-    except Exception as error:
-        lines = str(error).strip().splitlines()
-        return f"it fails on {device_kind} ({lines[0][:200]})"
-    for name, array in run(plain).items():
-        # numpy's max: XLA's on a CPU ignores NaN
-        expected = np.asarray(array, np.float32)
-        difference = np.abs(np.asarray(found[name], np.float32) - expected).max()
+    results = []
+    for form, what in ((kernel, "it fails"), (plain, f"{plain}, to compare it with, fails")):
+        try:
+            found = {name: np.asarray(x, np.float32) for name, x in run(form).items()}
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [repr(error)]
+            return f"{what} on {device_kind} ({lines[0][:200]})"
+        results.append(found)
+    by_kernel, by_plain = results
+    for name, expected in by_plain.items():
+        difference = np.abs(by_kernel[name] - expected).max()  # XLA's max on a CPU ignores NaN
         difference /= np.abs(expected).max()
         if not difference < MAX_RELATIVE_DIFFERENCE:
             size = f"{difference:.2g} x the largest entry"
