@@ -137,6 +137,12 @@ def group_held_out(results: Results) -> dict[str, dict[str, list[dict[str, Any]]
     return groups
 
 
+def find_full_size(arms: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the arm of the largest size that never grew; "": none."""
+    sizes = {arm: runs[0]["n_params"] for arm, runs in arms.items() if not find_method(arm)}
+    return max(sizes, key=lambda arm: sizes[arm], default="")
+
+
 def print_forecast(results: Results, held_out_layers: int, full: str) -> None:
     """Print the fitted factors, each held-out arm with its forecasts, and how good they are."""
     if not any(run["part"] == "arms" for run in results):
@@ -149,26 +155,42 @@ def print_forecast(results: Results, held_out_layers: int, full: str) -> None:
         print(f"| {method} | " + " | ".join(texts) + f" | {len(found.factors)} |")
     groups = group_held_out(results)
     for i, name in enumerate(("the base's worth", "a share saved")):
-        n_right, ratios = 0, []
-        print(f"\n| by {name} | loss | forecast | tokens to it | seeds |\n|---|---|---|---|---|")
+        n_right, ratios, grown_ratios = 0, [], []
+        print(
+            f"\n| by {name} | loss | forecast | tokens to it | without the law's miss of the full "
+            "size | seeds |\n|---|---|---|---|---|---|"
+        )
         for arms in groups.values():
             losses: dict[str, tuple[float, float]] = {}
+            missed: dict[str, float] = {}  # tokens to the forecast, in those to the loss
             for arm, runs in arms.items():
                 loss = growth_tables.mean_of(runs, "loss")
                 forecast = forecast_losses(law, runs[0], fitted.get(find_method(arm)))[i]
                 losses[arm] = loss, forecast
                 n_params = runs[0]["n_params"]
-                ratio = law.compute_tokens_to_loss(n_params, forecast)
-                ratio /= law.compute_tokens_to_loss(n_params, loss)
+                missed[arm] = law.compute_tokens_to_loss(n_params, forecast)
+                missed[arm] /= law.compute_tokens_to_loss(n_params, loss)
+            by_law = missed.get(find_full_size(arms), 1.0)
+            for arm, ratio in missed.items():
+                is_grown = bool(find_method(arm))
+                beside = ratio / by_law if is_grown else 1.0
                 ratios.append(max(ratio, 1 / ratio))
-                print(f"| {arm} | {loss:.3f} | {forecast:.3f} | x {ratio:.2f} | {len(runs)} |")
+                if is_grown:
+                    grown_ratios.append(max(beside, 1 / beside))
+                loss, forecast = losses[arm]
+                print(
+                    f"| {arm} | {loss:.3f} | {forecast:.3f} | x {ratio:.2f} "
+                    f"| {f'x {beside:.2f}' if is_grown else ''} | {len(arms[arm])} |"
+                )
             best, forecast_best = (min(losses, key=lambda arm: losses[arm][j]) for j in range(2))
             n_right += len(losses) > 1 and best == forecast_best
-        if groups:
+        if grown_ratios:
             n_groups = sum(len(arms) > 1 for arms in groups.values())  # where anything competes
             print(
                 f"\nThe lowest loss right in {n_right} of {n_groups} groups; tokens within "
-                f"{max(ratios):.2f} x, the middle one {statistics.median(ratios):.2f} x."
+                f"{max(ratios):.2f} x, the middle one {statistics.median(ratios):.2f} x; of what "
+                f"grew, without the law's miss of the full size, within {max(grown_ratios):.2f} x, "
+                f"the middle one {statistics.median(grown_ratios):.2f} x."
             )
 
 
