@@ -140,9 +140,10 @@ def test_the_planners_factors_are_those_of_the_committed_results():
     results = growth_runs.read_results(ROOT / "benchmarks/growth_results/results.jsonl")
     chosen = growth.select_compared(results)
     ends = growth_forecast.find_transfer_ends(chosen, growth.HOLDOUT.n_layers, FULL)
+    arms = [run for run in chosen if run["part"] == "arms"]  # `holdout` has some of these names
     for name, known in transfer.TRANSFERS.items():
         assert (known.low, known.high) == pytest.approx(ends[name], abs=0.006), name
-        run = next(run for run in chosen if run["arm"] == known.arm)
+        run = next(run for run in arms if run["arm"] == known.arm)
         growth_there = run["n_params"] / growth_forecast.measure_sizes(run).base_params
         assert known.growth == pytest.approx(growth_there, abs=0.006), name
 
